@@ -1,0 +1,188 @@
+"""What a dataset is, and where every stage reads and writes.
+
+The tree below `ROOT` is the contract between the stages: see "Files" in the README.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .files import InputError
+
+ROOT = Path(os.environ.get("HECLIP_ROOT") or Path(__file__).resolve().parents[2])
+
+
+@dataclass(frozen=True)
+class Section:
+    """One piece of tissue on one capture area.
+
+    counts, positions, image: glob patterns below the raw folder, tried in order; `.gz` may follow each.
+    n_spots: the number of spots under tissue that its authors report; another number is an error.
+    """
+
+    name: str
+    donor: str
+    role: str  # "reference" | "query"
+    counts: list
+    positions: list
+    image: list
+    n_spots: int | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The facts about one dataset, stated once, in its preprocess script.
+
+    n_hvg, n_heg: genes that each section contributes to the panel's union.
+    markers: symbols whose scores and maps are shown by name.
+    symbols: glob patterns of a table gene_id -> gene_name, for counts that carry no symbols.
+    pitch_um, spot_um: distance of neighbouring spots and their diameter in microns (Visium 100 and 55, legacy
+    Spatial Transcriptomics 200 and 100).
+    patch_px: side of the square patch in full-resolution pixels.
+    min_counts: spots with fewer counts in all are dropped.
+    """
+
+    name: str
+    sections: list
+    n_hvg: int
+    n_heg: int
+    markers: tuple = ()
+    symbols: tuple = ()
+    pitch_um: float = 100.0
+    spot_um: float = 55.0
+    patch_px: int = 256
+    min_counts: int = 0
+
+    def __post_init__(self):
+        names = [section.name for section in self.sections]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InputError(f"dataset {self.name}: section {', '.join(twice)} is named twice; give each its own name")
+        for section in self.sections:
+            if section.role not in ("reference", "query"):
+                raise InputError(f"dataset {self.name}, section {section.name}: role {section.role!r} "
+                                 "is neither 'reference' nor 'query'")
+        if not any(section.role == "reference" for section in self.sections):
+            raise InputError(f"dataset {self.name}: no section has the role 'reference': nothing to learn from")
+
+    @property
+    def raw(self):
+        """Where the raw files are looked for unless `--raw` says otherwise."""
+        return ROOT / "GSE" / self.name
+
+
+def run_name(panel_type, protocol):
+    """The stem that tells a panel's files, and a model's, from another's: `heg`, `hvg`, `heg_paper`, `hvg_paper`."""
+    return panel_type if protocol == "strict" else f"{panel_type}_{protocol}"
+
+
+class Processed:
+    """The processed files of one dataset: paths for the stage that writes them, contents for those that read."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.folder = ROOT / "GSE" / dataset / "processed"
+        self.sections_path = self.folder / "sections.csv"
+
+    def section_path(self, section):
+        return self.folder / f"{section}.h5ad"
+
+    def patches_path(self, section):
+        return self.folder / f"{section}.patches.npy"
+
+    def panel_path(self, name):
+        return self.folder / f"panel_{name}.csv"
+
+    def corrected_path(self, section, name):
+        """Harmony-corrected expression of the panel, for the paper protocol: float32 (n_spots, G)."""
+        return self.folder / f"{section}.{name}.npy"
+
+    def need(self, path):
+        """`path`, or an error that says which command makes it."""
+        if not path.exists():
+            script = f"python code/preprocess_{self.dataset}.py"
+            if path.stem.endswith("_paper"):
+                script += " --protocol paper"
+            raise InputError(f"{path} is missing. Make it with: {script}")
+        return path
+
+    def sections(self):
+        """The section table: index section; columns donor, role, n_spots, mpp, patch_px, image, sha256."""
+        table = pd.read_csv(self.need(self.sections_path), dtype={"section": str, "donor": str}, index_col="section")
+        if not table.index.is_unique:
+            raise InputError(f"{self.sections_path} names a section twice. Make it anew with the preprocess script")
+        return table
+
+    def read(self, section):
+        """One section as AnnData: spots x all genes, X log-normalised (CSR float32), layers["counts"]."""
+        import anndata
+
+        path = self.need(self.section_path(section))
+        try:
+            return anndata.read_h5ad(path)
+        except Exception as error:  # HDF5 raises many kinds
+            raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
+                             f"python code/preprocess_{self.dataset}.py again") from error
+
+    def panel(self, name):
+        """The gene panel: index gene id; columns symbol, marker, rank_<section> ...; attrs: how it was chosen."""
+        path = self.need(self.panel_path(name))
+        try:
+            with open(path) as file:
+                how = json.loads(file.readline().removeprefix("#"))
+                panel = pd.read_csv(file, index_col="gene_id", keep_default_na=False)
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{path} is not a panel written by preprocess ({first_line(error)}). "
+                             f"Run python code/preprocess_{self.dataset}.py again") from None
+        panel.attrs = how
+        return panel
+
+    def expression(self, section, name, panel, adata=None):
+        """What the model is trained on and scored against: float32 (n_spots, G), columns in panel order."""
+        if name.endswith("_paper"):
+            return np.load(self.need(self.corrected_path(section, name)))
+        adata = self.read(section) if adata is None else adata
+        missing = panel.index.difference(adata.var_names)
+        if len(missing):
+            raise InputError(f"{self.panel_path(name)} holds {len(missing)} genes that {self.section_path(section)} "
+                             f"lacks, {missing[0]} first. Run python code/preprocess_{self.dataset}.py again")
+        return adata[:, panel.index].X.toarray().astype(np.float32, copy=False)
+
+    def patches(self, section):
+        """uint8 (n_spots, patch_px, patch_px, 3) RGB, opened as a memory map; row i is row i of the section."""
+        path = self.need(self.patches_path(section))
+        try:
+            return np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
+                             f"python code/preprocess_{self.dataset}.py again") from None
+
+
+class Run:
+    """Where one model's files go. With `save_path` all of it goes below that folder, so runs can stand side by side."""
+
+    def __init__(self, dataset, name, save_path=None):
+        save = Path(save_path) if save_path else ROOT / "save"
+        self.dataset, self.name = dataset, name
+        self.top = save if save_path else ROOT
+        self.folder = save / dataset
+        self.checkpoint = self.folder / f"{name}_best.pt"
+        self.losses = self.folder / f"{name}_losses.csv"
+        self.prediction = self.folder / f"{name}_prediction.h5ad"
+        self.genes = self.folder / f"{name}_genes.csv"
+        self.scores = self.folder / f"{name}_scores.json"
+
+    def embeddings(self, section):
+        return self.top / "ebd" / self.dataset / self.name / f"{section}.npz"
+
+    def figure(self, kind):
+        return self.top / "figure" / kind / f"{self.dataset}_{self.name}.pdf"
+
+
+def first_line(error):
+    """The first line of an error's text, for use inside another error."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

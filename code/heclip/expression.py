@@ -1,0 +1,81 @@
+"""Counts -> log-normalised expression, gene panels, and the published batch correction."""
+
+import numpy as np
+import pandas as pd
+import scanpy
+
+from .files import InputError
+
+
+def log_normalise(adata):
+    """Scale each spot to the section's median count, then log(1 + x): once. Counts are kept in layers["counts"].
+
+    Modifies adata: X becomes CSR float32 (n_spots, n_genes), in natural-log units. A spot without counts stays zero.
+    """
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.astype(np.float32)
+    scanpy.pp.normalize_total(adata)
+    scanpy.pp.log1p(adata)
+    del adata.uns["log1p"]  # scanpy's mark holds a None that not every reader takes
+
+
+def gene_statistics(adata):
+    """Add to adata.var what panels are chosen by: mean, dispersion (scanpy's default, normalised), n_expressed.
+
+    They depend on this section alone, so that any set of sections can choose its panel without reading matrices.
+    """
+    ranking = scanpy.pp.highly_variable_genes(adata, n_top_genes=min(1000, adata.n_vars), inplace=False)
+    adata.var["mean"] = np.asarray(adata.X.mean(axis=0)).ravel()
+    adata.var["dispersion"] = ranking["dispersions_norm"].to_numpy(dtype=np.float64)
+    adata.var["n_expressed"] = np.asarray((adata.X > 0).sum(axis=0)).ravel()
+
+
+def choose_panel(panel_type, genes, n_top, present_in=()):
+    """The union over sections of each section's top genes (Li et al. call these HVG and HEG).
+
+    panel_type: "hvg" ranks by normalised dispersion, over all genes; "heg" by mean log-normalised expression, over
+    the genes that are expressed in every section. genes: section -> its `var` table (see `gene_statistics`).
+    present_in: further lists of gene ids that must hold a gene, by name only: the query's, which must not choose.
+    Returns a DataFrame in the first section's gene order: index gene id; symbol, then rank_<section> (1 is highest,
+    over the candidate genes).
+    """
+    first = next(iter(genes.values()))
+    candidates = first.index
+    for ids in [table.index for table in genes.values()] + list(present_in):
+        candidates = candidates[candidates.isin(ids)]
+    if panel_type == "heg":
+        for table in genes.values():
+            candidates = candidates[table.loc[candidates, "n_expressed"].to_numpy() > 0]
+    by = "dispersion" if panel_type == "hvg" else "mean"
+
+    panel = pd.DataFrame({"symbol": first.loc[candidates, "symbol"]}, index=candidates)
+    chosen = np.zeros(len(candidates), bool)
+    for name, table in genes.items():
+        value = table.loc[candidates, by]
+        rank = value.rank(ascending=False, method="first", na_option="bottom").astype(int)
+        chosen |= ((rank <= n_top) & value.notna()).to_numpy()
+        panel[f"rank_{name}"] = rank
+    if not chosen.any():
+        raise InputError(f"the {panel_type} panel of {', '.join(genes)} is empty: they share {len(candidates)} "
+                         "candidate genes. Check that all sections use the same gene ids")
+    return panel[chosen].rename_axis("gene_id")
+
+
+def harmonise(matrices):
+    """Harmony over all sections in gene space, as published (Korsunsky et al., Nat Methods 2019).
+
+    matrices: section -> float32 (n_spots, G). Returns the same with corrected values, which may be below zero.
+    """
+    import harmonypy  # GPL, so loaded only for the protocol that asks for it
+
+    stacked = np.concatenate(list(matrices.values()))
+    labels = pd.DataFrame({"section": np.repeat(list(matrices), [len(m) for m in matrices.values()])})
+    n_spots, n_genes = stacked.shape
+    # harmonypy takes a square matrix for genes x spots, so that one must be handed over as such.
+    result = harmonypy.run_harmony(stacked.T if n_spots == n_genes else stacked, labels, "section",
+                                   random_state=0, verbose=False).result()
+    if result.shape != stacked.shape:
+        raise RuntimeError(f"harmonypy returned {result.shape} for {stacked.shape} (spots x genes): version 2 or newer "
+                           "is needed")
+    ends = np.cumsum([len(m) for m in matrices.values()])[:-1]
+    return dict(zip(matrices, np.split(result.astype(np.float32), ends), strict=True))

@@ -1,0 +1,220 @@
+"""Figures: the spots over their slide, UMAPs, and measured and predicted expression over the tissue.
+
+Drawn on `Figure` objects, never through pyplot, so that a caller's own figures are left alone. The same input
+gives the same bytes: files carry no date, and everything random is seeded.
+"""
+
+from math import ceil, log
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.collections import EllipseCollection
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from .files import atomic_path
+
+SPOT_COLOUR = "#009540"  # far from every colour of haematoxylin and eosin
+# Dark is high: on paper the eye finds what is expressed. The palest end would be lost on the slide's white.
+EXPRESSION_COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0.07, 1, 256)))
+# Okabe and Ito's, which colour-blind readers tell apart.
+GROUP_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+NO_DATES = {".pdf": {"CreationDate": None, "ModDate": None}, ".svg": {"Date": None}}
+
+
+def spots_over_slide(section, name, path):
+    """Draw a section's thumbnail, bare and with every spot as an open circle of its true diameter.
+
+    A wrong alignment, a swapped x and y or a flipped image is seen at a glance: the circles leave the tissue.
+
+    section: AnnData with obsm["spatial"] (n_spots, 2), x and y in full-resolution pixels, and uns["spatial"].
+    """
+    view = _view(section)
+    # Spots off the slide stay in the picture: they are what it is there to show.
+    left, top = np.minimum(view.spots.min(0) - view.diameter, 0)
+    right, bottom = np.maximum(view.spots.max(0) + view.diameter, view.size)
+    width, height = 5 * np.array([right - left, bottom - top]) / max(right - left, bottom - top)  # inches
+    figure = Figure(figsize=(2 * width + 0.3, height + 0.65))
+    bare, circled = (_axes(figure, x, 0.35, width, height) for x in (0.1, width + 0.2))
+    for axes in (bare, circled):
+        _draw_slide(axes, view, view.image, (left, right, bottom, top))
+    _draw_spots(circled, view, facecolors="none", edgecolors=SPOT_COLOUR, linewidths=0.6)
+    _scale_bar(bare)
+    bare.set_title(name, loc="left", fontsize=11)
+    circled.set_title(f"{section.n_obs:,} spots · {view.mpp:.3g} µm per pixel", loc="right", fontsize=11)
+    _save(figure, path)
+
+
+def umap_figure(groups, path, seed=42, title=""):
+    """Draw one UMAP of all groups together, each in its colour.
+
+    groups: name → (n, D) array, D the same in all; beyond 50 columns, the first 50 principal components.
+    Raises ValueError for fewer than 5 points together.
+    """
+    stacked = np.concatenate([np.asarray(rows, np.float32) for rows in groups.values()])  # (N, D)
+    if len(stacked) < 5:
+        raise ValueError(f"a UMAP needs at least 5 points; {' and '.join(groups)} have {len(stacked)}")
+    if stacked.shape[1] > 50:
+        from sklearn.decomposition import PCA
+
+        stacked = PCA(min(50, len(stacked)), random_state=seed).fit_transform(stacked)  # (N, ≤ 50)
+    from umap import UMAP  # here, because this import takes seconds
+
+    points = UMAP(n_neighbors=min(15, len(stacked) - 1), random_state=seed, n_jobs=1).fit_transform(stacked)
+
+    sizes = [len(rows) for rows in groups.values()]
+    palette = GROUP_COLOURS if len(groups) <= len(GROUP_COLOURS) else colormaps["tab20"].colors
+    colours = [palette[i % len(palette)] for i in range(len(groups))]
+    colour_of = np.repeat(np.arange(len(groups)), sizes)  # (N,)
+    order = np.random.default_rng(seed).permutation(len(points))  # so that no group lies on top of another
+
+    figure = Figure(figsize=(4.6, 4.9), layout="constrained")
+    axes = figure.add_subplot(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
+    axes.scatter(*points[order].T, c=[colours[i] for i in colour_of[order]], alpha=0.8, linewidths=0,
+                 s=np.clip(2e4 / len(points), 2, 16), rasterized=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    handles = [Line2D([], [], linestyle="", marker="o", color=colour, label=f"{name} (n = {n:,})")
+               for name, n, colour in zip(groups, sizes, colours, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(2, len(groups)), fontsize=8,
+                  frameon=False, handletextpad=0.1)
+    _save(figure, path)
+
+
+def expression_maps(prediction, genes, path):
+    """Draw the slide, then for each gene the measured beside the predicted expression over the tissue.
+
+    The two maps of a gene share one colour scale, from the 1st to the 99th percentile of its measured values.
+
+    prediction: AnnData, spots × panel. X = predicted and layers["true"] = measured log-normalised expression;
+    var["symbol"], obsm["spatial"] and uns["spatial"] as in a section.
+    genes: [(gene id, caption)] in the order to draw. Raises KeyError for an id outside the panel.
+    """
+    unknown = [gene for gene, _ in genes if gene not in prediction.var_names]
+    if unknown:
+        raise KeyError(f"not in this panel of {prediction.n_vars} genes: {', '.join(unknown)}")
+    view = _view(prediction)
+    low, high = view.spots.min(0), view.spots.max(0)
+    extent = high - low + 4 * view.diameter
+    extent = np.maximum(extent, extent[::-1] / 1.5)  # a sliver of tissue still leaves room for a colour bar
+    (left, top), (right, bottom) = (low + high - extent) / 2, (low + high + extent) / 2
+    box, shape = (left, right, bottom, top), extent[0] / extent[1]
+
+    # In inches. A cell is a title, two maps and their colour bar. The slide takes two cells, one above the
+    # other; beside a single gene, the place of one map.
+    edge, gap, head, foot, bar_room, map_height = 0.1, 0.08, 0.46, 0.2, 0.62, 1.9
+    map_width = map_height * shape
+    cell_width, cell_height = 2 * map_width + 2 * gap + bar_room, head + map_height + foot
+    slide_rows = min(2, len(genes))
+    first_width = cell_width if slide_rows == 2 else map_width + 3 * gap
+    columns, rows = _grid(len(genes) + slide_rows, cell_width / cell_height)
+    figure = Figure(figsize=(edge + first_width + (columns - 1) * cell_width, rows * cell_height))
+
+    slide_width = min((slide_rows * cell_height - head - foot) * shape, first_width - 3 * gap)
+    axes = _axes(figure, edge, head, slide_width, slide_width / shape)
+    _draw_slide(axes, view, view.image, box)
+    _scale_bar(axes)
+    axes.set_title(f"{view.name} · H&E", loc="left", fontsize=9.5)
+
+    # Grey and faint: enough to see which tissue a spot lies on, too little to be taken for expression.
+    faint = (255 - 0.3 * (255 - view.image.mean(2, keepdims=True))).astype(np.uint8).repeat(3, axis=2)
+    cells = [(row, column) for row in range(rows) for column in range(columns) if column or row >= slide_rows]
+    for (row, column), (gene, caption) in zip(cells, genes, strict=False):
+        x = edge + (first_width + (column - 1) * cell_width if column else 0)
+        y = head + row * cell_height
+        measured, predicted = prediction.obs_vector(gene, layer="true"), prediction.obs_vector(gene)
+        scale = _robust_scale(measured)
+        for place, (label, values) in enumerate([("measured", measured), ("predicted", predicted)]):
+            axes = _axes(figure, x + place * (map_width + gap), y, map_width, map_height)
+            _draw_slide(axes, view, faint, box)
+            spots = _draw_spots(axes, view, array=values, norm=scale, cmap=EXPRESSION_COLOURS, linewidths=0)
+            axes.set_title(label, fontsize=7.5, color="0.35", pad=3)
+            if label == "measured":
+                above = {"textcoords": "offset points", "va": "baseline"}
+                symbol = axes.annotate(prediction.var.at[gene, "symbol"], (0, 1), (0, 16), "axes fraction",
+                                       style="italic", fontsize=9.5, **above)
+                axes.annotate(caption, (1, 1), (6, 16), (symbol, "axes fraction"), fontsize=8.5, **above)
+        both = np.concatenate([measured, predicted])
+        extend = ["neither", "min", "max", "both"][(both.min() < scale.vmin) + 2 * (both.max() > scale.vmax)]
+        bar = figure.colorbar(spots, cax=_axes(figure, x + 2 * (map_width + gap), y, 0.07, map_height),
+                              ticks=MaxNLocator(4, steps=[1, 2, 5, 10]), extend=extend, extendfrac=0.04)
+        bar.set_label("log-normalised expression", fontsize=7)
+        bar.ax.tick_params(labelsize=6.5, length=2, pad=1.5, width=0.5)
+        bar.outline.set(edgecolor="0.7", linewidth=0.4)
+    _save(figure, path)
+
+
+class _View(NamedTuple):
+    """What the figures show of a section, in millimetres: sections of any resolution draw alike."""
+
+    name: str
+    image: np.ndarray  # uint8 (H, W, 3), the thumbnail
+    size: np.ndarray  # (2,), its width and height
+    spots: np.ndarray  # (n_spots, 2), x and y of the centres from the top left corner
+    diameter: float
+    mpp: float  # microns per full-resolution pixel
+
+
+def _view(section):
+    ((name, library),) = section.uns["spatial"].items()
+    image, factors, mpp = library["images"]["hires"], library["scalefactors"], library["metadata"]["mpp"]
+    mm = mpp / 1000  # across one full-resolution pixel
+    size = np.array(image.shape[1::-1]) / factors["tissue_hires_scalef"] * mm
+    spots, diameter = section.obsm["spatial"] * mm, factors["spot_diameter_fullres"] * mm
+    return _View(name, image, size, spots, diameter, mpp)
+
+
+def _axes(figure, x, y, width, height):
+    """Bare axes, placed in inches from the figure's top left corner."""
+    across, down = figure.get_size_inches()
+    axes = figure.add_axes((x / across, 1 - (y + height) / down, width / across, height / down))
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def _draw_slide(axes, view, image, box):
+    axes.imshow(image, extent=(0, view.size[0], view.size[1], 0))
+    axes.set(xlim=box[:2], ylim=box[2:])  # y points down, as in the image
+
+
+def _draw_spots(axes, view, **style):
+    """Circles in the slide's own units, which keep their true size at any size of the figure."""
+    # One width for all spots: a PDF then holds one circle, stamped n_spots times.
+    circles = EllipseCollection([view.diameter], [view.diameter], [0], units="xy", offsets=view.spots,
+                                offset_transform=axes.transData, **style)
+    return axes.add_collection(circles, autolim=False)
+
+
+def _scale_bar(axes):
+    """One millimetre, below the lower left corner where it hides no tissue."""
+    left, below = axes.get_xlim()[0], axes.get_xaxis_transform()  # x in millimetres, y in heights of the axes
+    axes.plot([left, left + 1], [-0.02, -0.02], color="black", linewidth=2, solid_capstyle="butt",
+              transform=below, clip_on=False)
+    axes.text(left + 1, -0.02, "  1 mm", va="center", fontsize=8, transform=below)
+
+
+def _robust_scale(measured):
+    low, high = np.percentile(measured, [1, 99], method="nearest")
+    if low == high:  # a gene found in fewer than one spot in a hundred
+        low, high = measured.min(), measured.max()
+    return Normalize(low, high if high > low else low + 1)
+
+
+def _grid(cells, shape):
+    """(columns, rows) for that many cells of width / height `shape`: near 3 : 2, and few left empty."""
+    if cells == 2:  # the slide and one gene
+        return 2, 1
+    grids = [(columns, max(2, ceil(cells / columns))) for columns in range(2, cells)]
+    return min(grids, key=lambda g: abs(log(g[0] / g[1] * shape / 1.5)) + 0.15 * (g[0] * g[1] - cells))
+
+
+def _save(figure, path):
+    path = Path(path)
+    # TrueType keeps text editable; the salt gives an SVG the same ids every time.
+    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "heclip"}), atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=200, metadata=NO_DATES.get(path.suffix))

@@ -1,0 +1,135 @@
+"""Raw -> processed, section by section: what every preprocess_<dataset>.py calls."""
+
+import argparse
+import json
+
+import numpy as np
+import pandas as pd
+
+from . import expression, figures, slide, sources
+from .dataset import ROOT, Processed, run_name
+from .files import InputError, atomic_path, sha256
+
+
+def preprocess(dataset, argv=None):
+    """Prepare a dataset for main.py: patches, log-normalised expression, gene panels, and a picture to check by eye.
+
+    A section whose raw files and settings are unchanged is not read again.
+    """
+    flags = argparse.ArgumentParser(description=f"Prepare {dataset.name} for training.",
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("--raw", metavar="DIR", default=dataset.raw,
+                       help="folder of the raw files, as downloaded or as an old checkout arranged them")
+    flags.add_argument("--protocol", choices=["strict", "paper"], default="strict",
+                       help="paper: prepare also the published panel and batch correction, over all sections")
+    args = flags.parse_args(argv)
+
+    processed = Processed(dataset.name)
+    rows = [preprocess_section(dataset, section, args.raw, processed) for section in dataset.sections]
+    table = pd.DataFrame(rows).set_index("section")
+    with atomic_path(processed.sections_path) as path:
+        table.to_csv(path)
+
+    genes = {section.name: read_genes(processed, section.name) for section in dataset.sections}
+    for panel_type in ("hvg", "heg"):
+        write_panel(dataset, processed, genes, panel_type, "strict")
+        if args.protocol == "paper":
+            write_panel(dataset, processed, genes, panel_type, "paper")
+            write_corrected(dataset, processed, panel_type)
+
+    print(table[["donor", "role", "n_spots", "mpp", "padded"]].to_string(float_format="%.4f"))
+    for path in sorted(processed.folder.glob("panel_*.csv")):
+        name = path.stem.removeprefix("panel_")
+        print(f"panel {name}: {len(processed.panel(name))} genes")
+    print(f"Look at {ROOT / 'figure' / 'QC' / dataset.name}: every spot must lie on its tissue.")
+
+
+def preprocess_section(dataset, section, raw, processed):
+    """One section's patches, expression and picture. Returns its row of sections.csv."""
+    files = {what: sources.find(raw, getattr(section, what), f"{what} of section {section.name}")
+             for what in ("counts", "positions", "image")}
+    if dataset.symbols:
+        files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
+    made_from = {"files": {path.name: sha256(path) for path in files.values()},
+                 "n_spots": section.n_spots, "patch_px": dataset.patch_px, "min_counts": dataset.min_counts,
+                 "pitch_um": dataset.pitch_um, "spot_um": dataset.spot_um}
+    picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.png"
+
+    section_path, patches_path = processed.section_path(section.name), processed.patches_path(section.name)
+    adata = processed.read(section.name) if section_path.exists() and patches_path.exists() else None
+    if adata is None or json.loads(adata.uns["made_from"]) != made_from:
+        print(f"{section.name}: reading {', '.join(path.name for path in files.values())}", flush=True)
+        adata = read_section(dataset, section, files)
+        adata.uns["made_from"] = json.dumps(made_from)
+        # Both files appear at once, so that patches of one version never meet expression of another.
+        with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
+            with slide.open_slide(files["image"], processed.folder / f".{section.name}.slide.part") as opened:
+                thumbnail, scale, adata.uns["padded"] = slide.crop_patches(
+                    opened, adata.obsm["spatial"], dataset.patch_px, patches)
+            mpp = dataset.pitch_um / sources.lattice_pitch(adata.obs.assign(
+                x=adata.obsm["spatial"][:, 0], y=adata.obsm["spatial"][:, 1]))
+            adata.uns["spatial"] = {section.name: {
+                "images": {"hires": thumbnail},
+                "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": dataset.spot_um / mpp},
+                "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
+            adata.write_h5ad(h5ad)
+        figures.spots_over_slide(adata, section.name, picture)
+    elif not picture.exists():
+        figures.spots_over_slide(adata, section.name, picture)
+    return {"section": section.name, "donor": section.donor, "role": section.role, "n_spots": adata.n_obs,
+            "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"], "patch_px": dataset.patch_px,
+            "padded": int(adata.uns["padded"]), "image": files["image"].name,
+            "sha256": " ".join(f"{name}:{digest}" for name, digest in made_from["files"].items())}
+
+
+def read_section(dataset, section, files):
+    """Counts and positions of one section, joined, checked against its reported size, and log-normalised."""
+    counts, spots = sources.read_counts(files["counts"]), sources.read_positions(files["positions"])
+    adata = sources.join(counts, spots, files["counts"], files["positions"])
+    if section.n_spots is not None and adata.n_obs != section.n_spots:
+        raise InputError(f"section {section.name}: {files['counts']} with {files['positions']} gives {adata.n_obs} "
+                         f"spots under tissue, but {section.name} has {section.n_spots}. One of them is another "
+                         "section's file")
+    if "symbols" in files:
+        symbols = sources.read_symbols(files["symbols"])
+        adata.var["symbol"] = symbols.reindex(adata.var_names).fillna(pd.Series(adata.var_names, adata.var_names))
+    if dataset.min_counts:
+        adata = adata[np.asarray(adata.X.sum(axis=1)).ravel() >= dataset.min_counts].copy()
+    expression.log_normalise(adata)
+    expression.gene_statistics(adata)
+    return adata
+
+
+def read_genes(processed, section):
+    """The gene table of a processed section, without its matrices."""
+    import anndata
+    import h5py
+
+    with h5py.File(processed.section_path(section)) as file:
+        return anndata.io.read_elem(file["var"])
+
+
+def write_panel(dataset, processed, genes, panel_type, protocol):
+    """Choose one panel and write it by gene id. In the strict protocol the query sections choose nothing."""
+    choosing = [s.name for s in dataset.sections if protocol == "paper" or s.role == "reference"]
+    n_top = dataset.n_hvg if panel_type == "hvg" else dataset.n_heg
+    panel = expression.choose_panel(panel_type, {name: genes[name] for name in choosing}, n_top,
+                                    present_in=[table.index for table in genes.values()])
+    panel.insert(1, "marker", panel["symbol"].isin(dataset.markers))
+    how = {"type": panel_type, "protocol": protocol, "sections": choosing, "n_top": n_top,
+           "ranked_by": "normalised dispersion" if panel_type == "hvg" else "mean log-normalised expression",
+           "markers_not_in_panel": sorted(set(dataset.markers) - set(panel["symbol"]))}
+    with atomic_path(processed.panel_path(run_name(panel_type, protocol))) as path, open(path, "w") as file:
+        file.write(f"# {json.dumps(how)}\n")
+        panel.to_csv(file)
+
+
+def write_corrected(dataset, processed, panel_type):
+    """Harmony-correct the panel's expression over all sections, as published, and write one file a section."""
+    name = run_name(panel_type, "paper")
+    panel = processed.panel(name)
+    corrected = expression.harmonise({section.name: processed.expression(section.name, panel_type, panel)
+                                      for section in dataset.sections})
+    for section, matrix in corrected.items():
+        with atomic_path(processed.corrected_path(section, name)) as path, open(path, "wb") as file:
+            np.save(file, matrix)

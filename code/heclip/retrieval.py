@@ -1,0 +1,43 @@
+"""Prediction: each query patch takes the mean expression of its nearest reference spots."""
+
+import numpy as np
+import scipy.sparse
+import torch
+import torch.nn.functional as F
+
+
+def retrieve(query, reference, k=50, block=4096):
+    """The k reference embeddings most similar to each query embedding, by cosine. Exact.
+
+    query: (n, D), reference: (N, D), float arrays. Returns (index, similarity), both (n, k'), most similar first, with
+    k' = min(k, N). Only block x block similarities are held at a time.
+    """
+    query = F.normalize(torch.as_tensor(query), dim=1)
+    reference = torch.as_tensor(reference)
+    k = min(k, len(reference))
+    indices, similarities = [], []
+    for rows in query.split(block):
+        best = torch.empty(len(rows), 0, device=rows.device)
+        index = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+        for start in range(0, len(reference), block):
+            similarity = rows @ F.normalize(reference[start:start + block], dim=1).T  # (rows, block)
+            found = torch.arange(start, start + similarity.shape[1], device=rows.device).expand(len(rows), -1)
+            best, keep = torch.cat([best, similarity], dim=1).topk(min(k, best.shape[1] + similarity.shape[1]), dim=1)
+            index = torch.cat([index, found], dim=1).gather(1, keep)
+        indices.append(index)
+        similarities.append(best)
+    return torch.cat(indices).cpu().numpy(), torch.cat(similarities).cpu().numpy()
+
+
+def average_expression(index, expression):
+    """Plain mean of the retrieved spots' expression: index (n, K), expression (N, G) -> float32 (n, G)."""
+    n, k = index.shape
+    picked = scipy.sparse.csr_matrix((np.full(n * k, 1 / k, np.float32), index.ravel(), np.arange(0, n * k + 1, k)),
+                                     shape=(n, len(expression)))
+    return picked @ expression
+
+
+def random_spots(n, n_reference, k, seed):
+    """What retrieval must beat: k different reference spots drawn at random for each query spot. Returns (n, k)."""
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.choice(n_reference, min(k, n_reference), replace=False) for _ in range(n)])
