@@ -1,0 +1,29 @@
+"""Every test runs below a project root of its own, so that none touches the real data or results."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ["HECLIP_ROOT"] = tempfile.mkdtemp(prefix="heclip-tests-")  # before heclip is imported: it is read once
+
+PROJECT = Path(__file__).resolve().parents[1]
+SHARED = PROJECT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def project():
+    """The checkout itself."""
+    return PROJECT
+
+
+@pytest.fixture
+def real_data():
+    """A function that gives the folder of a real data set, and skips the test where it is absent."""
+    def folder(name):
+        if not (SHARED / name).is_dir():
+            pytest.skip(f"the real data set {name} is not here ({SHARED / name})")
+        return SHARED / name
+
+    return folder
