@@ -50,29 +50,32 @@ def main(argv=None):
         raise InputError(f"{processed.sections_path} has {len(query)} query sections; exactly one is predicted")
     query = query[0]
 
-    sections = {section: processed.read(section) for section in [*reference, query]}
-    truth = {section: processed.expression(section, name, panel, adata) for section, adata in sections.items()}
+    barcodes, truth = {}, {}  # section -> (n_spots,), (n_spots, G)
+    for section in [*reference, query]:
+        adata = processed.read(section)  # all genes; the last one, the query's, is kept
+        barcodes[section] = np.array(adata.obs_names, dtype=str)
+        truth[section] = processed.expression(section, name, panel, adata)
 
     # 1. Embed every section: image (n_spots, D) and gene (n_spots, D).
     if args.from_ebd:
-        embeddings = {section: read_embeddings(run, section, adata, panel) for section, adata in sections.items()}
+        embeddings = {section: read_embeddings(run, section, barcodes[section], panel) for section in truth}
     else:
         device = command.pick_device(args.device)
-        model, facts = load_checkpoint(run.checkpoint, device)
+        model, facts = load_checkpoint(run.checkpoint)
         check_fits(run.checkpoint, facts, args.dataset, name, panel)
         if query in facts["reference"]:
             raise InputError(f"{run.checkpoint} was trained on {query}, which is now the query section. Train again")
         embeddings = embed(model, processed, truth, device, args.batch_size)
         for section, arrays in embeddings.items():
             with atomic_path(run.embeddings(section)) as path, open(path, "wb") as file:
-                np.savez(file, **arrays, barcode=np.array(sections[section].obs_names, dtype=str),
-                         panel=np.array(panel.index, dtype=str))
+                np.savez(file, **arrays, barcode=barcodes[section], panel=np.array(panel.index, dtype=str))
         print(f"embeddings in {run.embeddings(query).parent}")
         if args.ebd_only:
             return
     models = {"": embeddings}
     if args.untrained:
-        models["untrained "] = embed_untrained(run, args, processed, truth)
+        device = command.pick_device(args.device)
+        models["untrained "] = embed(untrained_model(run), processed, truth, device, args.batch_size)
 
     # 2. Retrieve and average; 3. score, beside what chance gives.
     reference_expression = np.concatenate([truth[section] for section in reference])  # (N, G)
@@ -95,7 +98,7 @@ def main(argv=None):
         if label == args.retrieval:
             prediction, genes = predicted, pd.DataFrame(per_gene, index=panel.index)
 
-    write_results(run, args, sections[query], query, panel, prediction, truth[query], best_similarity, genes, summaries,
+    write_results(run, args, adata, query, panel, prediction, truth[query], best_similarity, genes, summaries,
                   reference)
     print_scores(args, query, reference, panel, summaries)
     if args.figures:
@@ -108,11 +111,13 @@ def embed(model, processed, truth, device, batch_size):
 
     No augmentation: the same input gives the same embedding.
     """
+    model.to(device, memory_format=torch.channels_last)
     embeddings = {}
     for section, expression in truth.items():
         patches = Patches([processed.patches(section)], device)
         image = []
-        for index in tqdm(torch.arange(len(expression)).split(batch_size), desc=f"embed {section}", leave=False):
+        for index in tqdm(torch.arange(len(expression)).split(batch_size), desc=f"embed {section}",
+                          leave=False, disable=None):
             with command.autocast(device):
                 image.append(model.encode_image(to_pixels(patches[index], model.config)).float().cpu())
         gene = model.encode_expression(torch.from_numpy(expression).to(device)).cpu()
@@ -120,18 +125,17 @@ def embed(model, processed, truth, device, batch_size):
     return embeddings
 
 
-def embed_untrained(run, args, processed, truth):
-    """The same for the model before its first step: pretrained encoder, heads as they were drawn."""
-    device = command.pick_device(args.device)
+def untrained_model(run):
+    """The checkpoint's model as it was before its first step: pretrained encoder, heads as they were drawn."""
     trained, facts = load_checkpoint(run.checkpoint)
     torch.manual_seed(facts["arguments"]["seed"])
     model = HECLIP(trained.config)
     if facts["arguments"]["pretrained"]:
         load_encoder_weights(model.image_encoder, trained.config.encoder, facts["arguments"]["encoder_weights"])
-    return embed(model.to(device).eval(), processed, truth, device, args.batch_size)
+    return model.eval()
 
 
-def read_embeddings(run, section, adata, panel):
+def read_embeddings(run, section, barcodes, panel):
     """Saved embeddings of a section, or an error if they are of other spots or another panel."""
     path = run.embeddings(section)
     if not path.exists():
@@ -139,7 +143,7 @@ def read_embeddings(run, section, adata, panel):
     try:
         with np.load(path) as file:
             arrays = dict(file)
-        same = np.array_equal(arrays["barcode"], adata.obs_names) and np.array_equal(arrays["panel"], panel.index)
+        same = np.array_equal(arrays["barcode"], barcodes) and np.array_equal(arrays["panel"], panel.index)
     except Exception as error:  # zip and numpy raise many kinds
         raise InputError(f"{path} is damaged ({first_line(error)}). Run infer.py without --from_ebd") from None
     if not same:

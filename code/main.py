@@ -84,7 +84,7 @@ def main(argv=None):
         order = training[torch.randperm(len(training), generator=generator)]
         batches = order[:len(order) // batch_size * batch_size].split(batch_size)  # the partial last batch is dropped
         total = torch.zeros((), device=device)
-        bar = tqdm(batches, desc=f"epoch {epoch}/{args.max_epochs}", leave=False)
+        bar = tqdm(batches, desc=f"epoch {epoch}/{args.max_epochs}", leave=False, disable=None)
         for step, index in enumerate(bar, 1):
             pixels = to_pixels(augment(spots.patches[index], generator), config)  # (B, 3, S, S)
             with command.autocast(device):
@@ -98,11 +98,13 @@ def main(argv=None):
                 bar.set_postfix(loss=f"{total.item() / step:.3f}")
 
         train_loss = total.item() / len(batches)
+        if not math.isfinite(train_loss):
+            raise InputError(f"the training loss of epoch {epoch} is {train_loss}: training has diverged. Lower --lr "
+                             f"(now {args.lr}) or raise --temperature (now {args.temperature})")
         validation_loss, score = validate(model, spots, training, validation, batch_size)
-        for what, value in (("training", train_loss), ("validation", validation_loss)):
-            if not math.isfinite(value):
-                raise InputError(f"the {what} loss of epoch {epoch} is {value}: training has diverged. Lower --lr "
-                                 f"(now {args.lr}) or raise --temperature (now {args.temperature})")
+        if math.isnan(score):
+            raise InputError(f"no gene varies over the {len(validation)} validation spots, so no epoch can be called "
+                             "the best. Raise --val_fraction")
         losses.append({"epoch": epoch, "train_loss": train_loss, "validation_loss": validation_loss,
                        "validation_pearson": score})
         print(f"epoch {epoch}: training loss {train_loss:.3f}, validation loss {validation_loss:.3f}, "

@@ -14,11 +14,14 @@ class Spots:
     """
 
     def __init__(self, processed, sections, name, panel, device):
-        adatas = {section: processed.read(section) for section in sections}
-        self.section = np.repeat(list(adatas), [len(adata) for adata in adatas.values()])
-        self.xy = np.rint(np.concatenate([adata.obsm["spatial"] for adata in adatas.values()])).astype(np.int64)
-        self.expression = torch.from_numpy(np.concatenate(
-            [processed.expression(section, name, panel, adata) for section, adata in adatas.items()])).to(device)
+        xy, expression = [], []
+        for section in sections:  # one at a time: a section holds all genes, and only the panel is kept
+            adata = processed.read(section)
+            xy.append(np.rint(adata.obsm["spatial"]).astype(np.int64))
+            expression.append(processed.expression(section, name, panel, adata))
+        self.section = np.repeat(sections, [len(rows) for rows in xy])
+        self.xy = np.concatenate(xy)
+        self.expression = torch.from_numpy(np.concatenate(expression)).to(device)
         self.patches = Patches([processed.patches(section) for section in sections], device)
 
     def __len__(self):

@@ -17,8 +17,8 @@ def save_checkpoint(path, model, **facts):
         torch.save({"format": FORMAT, "model": model.state_dict(), "config": asdict(model.config), **facts}, temporary)
 
 
-def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint. Returns (HECLIP in evaluation mode on the device, the other facts as a dict)."""
+def load_checkpoint(path):
+    """Read a checkpoint. Returns (HECLIP on the CPU in evaluation mode, the other facts as a dict)."""
     if not path.exists():
         raise InputError(f"{path} is missing. Train it with main.py, with the same --dataset, --type, --protocol and "
                          "--save_path")
@@ -31,7 +31,7 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # a damaged file can fail anywhere
         raise InputError(f"{path} is not a checkpoint of main.py, or is damaged ({first_line(error)}). Train again, or "
                          "copy it again") from None
-    return model.to(device).eval(), facts
+    return model.eval(), facts
 
 
 def check_fits(path, facts, dataset, name, panel):

@@ -103,12 +103,15 @@ class Processed:
 
     def need(self, path):
         """`path`, or an error that says which command makes it."""
-        if not path.exists():
-            script = f"python code/preprocess_{self.dataset}.py"
-            if path.stem.endswith("_paper"):
-                script += " --protocol paper"
-            raise InputError(f"{path} is missing. Make it with: {script}")
-        return path
+        if path.exists():
+            return path
+        scripts = Path(__file__).parents[1]
+        if not (scripts / f"preprocess_{self.dataset}.py").exists():
+            known = sorted(script.stem.removeprefix("preprocess_") for script in scripts.glob("preprocess_*.py"))
+            raise InputError(f"{path} is missing, and no preprocess script is called {self.dataset}. "
+                             f"--dataset takes {', '.join(known)}, or one that you write a preprocess script for")
+        paper = " --protocol paper" if path.stem.endswith("_paper") else ""
+        raise InputError(f"{path} is missing. Make it with: python code/preprocess_{self.dataset}.py{paper}")
 
     def sections(self):
         """The section table: index section; columns donor, role, n_spots, mpp, patch_px, image, sha256."""

@@ -24,7 +24,7 @@ def gene_statistics(adata):
 
     They depend on this section alone, so that any set of sections can choose its panel without reading matrices.
     """
-    ranking = scanpy.pp.highly_variable_genes(adata, n_top_genes=min(1000, adata.n_vars), inplace=False)
+    ranking = scanpy.pp.highly_variable_genes(adata, inplace=False)
     adata.var["mean"] = np.asarray(adata.X.mean(axis=0)).ravel()
     adata.var["dispersion"] = ranking["dispersions_norm"].to_numpy(dtype=np.float64)
     adata.var["n_expressed"] = np.asarray((adata.X > 0).sum(axis=0)).ravel()
