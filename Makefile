@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python code/preprocess_demo.py
-	$(BIN)/python code/main.py --dataset demo --encoder tf_efficientnet_lite0
+	$(BIN)/python code/main.py --dataset demo --encoder tf_efficientnet_lite0 --batch_size 32
 	$(BIN)/python code/infer.py --dataset demo --untrained
 
 test: .venv/installed

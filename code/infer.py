@@ -16,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 from heclip import command, figures
-from heclip.batches import Patches, to_pixels
+from heclip.batches import Patches, encode_patches
 from heclip.checkpoint import check_fits, load_checkpoint
 from heclip.dataset import Processed, Run, first_line, run_name
-from heclip.files import InputError, atomic_path
+from heclip.files import InputError, atomic_path, write_h5ad
 from heclip.metrics import mean_defined, score
 from heclip.model import HECLIP, load_encoder_weights
 from heclip.retrieval import average_expression, random_spots, retrieve
@@ -63,6 +63,8 @@ def main(argv=None):
         device = command.pick_device(args.device)
         model, facts = load_checkpoint(run.checkpoint)
         check_fits(run.checkpoint, facts, args.dataset, name, panel)
+        if args.compile:
+            model.image_encoder.compile()
         if query in facts["reference"]:
             raise InputError(f"{run.checkpoint} was trained on {query}, which is now the query section. Train again")
         embeddings = embed(model, processed, truth, device, args.batch_size)
@@ -105,7 +107,6 @@ def main(argv=None):
         draw(run, args, panel, genes, embeddings, query, reference, prediction, truth[query])
 
 
-@torch.inference_mode()
 def embed(model, processed, truth, device, batch_size):
     """Image and gene embeddings of every section: section -> {"image", "gene"}, float32 (n_spots, D), rows as in truth.
 
@@ -113,15 +114,12 @@ def embed(model, processed, truth, device, batch_size):
     """
     model.to(device, memory_format=torch.channels_last)
     embeddings = {}
-    for section, expression in truth.items():
-        patches = Patches([processed.patches(section)], device)
-        image = []
-        for index in tqdm(torch.arange(len(expression)).split(batch_size), desc=f"embed {section}",
-                          leave=False, disable=None):
-            with command.autocast(device):
-                image.append(model.encode_image(to_pixels(patches[index], model.config)).float().cpu())
-        gene = model.encode_expression(torch.from_numpy(expression).to(device)).cpu()
-        embeddings[section] = {"image": torch.cat(image).numpy(), "gene": gene.numpy()}
+    for section, expression in tqdm(truth.items(), desc="embed", unit="section", leave=False, disable=None):
+        image = encode_patches(model, Patches([processed.patches(section)], device), torch.arange(len(expression)),
+                               batch_size)
+        with torch.inference_mode():
+            gene = model.encode_expression(torch.from_numpy(expression).to(device))
+        embeddings[section] = {"image": image.cpu().numpy(), "gene": gene.cpu().numpy()}
     return embeddings
 
 
@@ -159,7 +157,7 @@ def write_results(run, args, section, query, panel, prediction, truth, similarit
                             obsm={"spatial": section.obsm["spatial"]}, layers={"true": truth},
                             uns={"spatial": section.uns["spatial"]})
     with atomic_path(run.prediction) as path:
-        adata.write_h5ad(path)
+        write_h5ad(adata, path)
     with atomic_path(run.genes) as path:
         panel[["symbol", "marker"]].join(genes).sort_values("Pearson", ascending=False, kind="stable").to_csv(path)
     scores = {"dataset": args.dataset, "type": args.type, "protocol": args.protocol, "query": query,

@@ -1,21 +1,23 @@
 """Train HECLIP on the reference sections of a dataset.
 
-    python code/main.py --dataset GSE240429 --type heg
+    python code/main.py --dataset GSE240429 --type heg                           one GPU, or the CPU
+    torchrun --nproc_per_node 8 code/main.py --dataset GSE240429 --type heg      several
 
-reads GSE/<dataset>/processed, and writes save/<dataset>/<type>_best.pt, the epoch with the best validation score, and
-<type>_losses.csv. The query section is never opened.
+reads GSE/<dataset>/processed, and writes save/<dataset>/<type>_best.pt, the epoch with the best validation score,
+<type>_losses.csv, and <type>_last.pt, from which --resume goes on. The query section is never opened.
 """
 
 import argparse
 import math
+import time
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from heclip import command
-from heclip.batches import Spots, augment, split_spots, to_pixels
-from heclip.checkpoint import save_checkpoint
+from heclip import command, parallel
+from heclip.batches import Spots, augment, encode_patches, random_turns, split_spots, to_pixels
+from heclip.checkpoint import load_progress, save_checkpoint, save_progress
 from heclip.dataset import Processed, Run, run_name
 from heclip.files import InputError, atomic_path
 from heclip.loss import image_centric_loss
@@ -38,6 +40,8 @@ def parse(argv=None):
                        help="start from ImageNet weights; --no-pretrained from scratch")
     flags.add_argument("--image_size", type=command.positive, metavar="PX",
                        help="side of the encoder's input; default: the patch's own")
+    flags.add_argument("--resume", action="store_true",
+                       help="go on after the last finished epoch of the same run; start it if there is none")
     args = flags.parse_args(argv)
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val_fraction {args.val_fraction}: must lie between 0 and 1")
@@ -48,8 +52,9 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    rank, world, device = parallel.start(command.pick_device(args.device))
+    say = print if rank == 0 else lambda *_, **__: None
     torch.manual_seed(args.seed)
-    device = command.pick_device(args.device)
     name = run_name(args.type, args.protocol)
     run = Run(args.dataset, name, args.save_path)
 
@@ -64,81 +69,105 @@ def main(argv=None):
     if len(training) < 2 or len(validation) < 2:
         raise InputError(f"{len(training)} training and {len(validation)} validation spots are too few: with patches "
                          f"of {patch_px} px, --val_fraction {args.val_fraction} leaves none apart. Choose another")
-    print(f"{args.dataset} {name}: {len(panel)} genes; {', '.join(reference)}: {len(training)} training and "
-          f"{len(validation)} validation spots, {len(spots) - len(training) - len(validation)} between them left out")
+    say(f"{args.dataset} {name}: {len(panel)} genes; {', '.join(reference)}: {len(training)} training and "
+        f"{len(validation)} validation spots, {len(spots) - len(training) - len(validation)} between them left out")
 
-    # Model.
+    # Model. `network` holds the weights; `model` is the same, with gradients averaged over the ranks if there are some.
     config = configure(args.encoder, args.type, len(panel), patch_px, args.image_size, temperature=args.temperature)
-    model = HECLIP(config)
+    network = HECLIP(config)
     if args.pretrained:
-        load_encoder_weights(model.image_encoder, args.encoder, args.encoder_weights)
-    model.to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.wd)
+        load_encoder_weights(network.image_encoder, args.encoder, args.encoder_weights)
+    network.to(device, memory_format=torch.channels_last)
+    if args.compile or (args.compile is None and device.type == "cuda"):
+        network.image_encoder.compile()
+        say("the encoder is compiled during the first epoch")
+    model = parallel.distribute(network, device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.wd, fused=device.type == "cuda")
+    batch_size = min(args.batch_size, len(training) // world * world)
+    if batch_size % world:
+        raise InputError(f"--batch_size {batch_size} cannot be shared equally by {world} processes. Choose a multiple")
+    say(f"{config.encoder} at {config.image_size} px on {world} x {device.type}; {spots.patches.where()}")
 
-    # Training. Every epoch sees each training spot once, in another order and another of its 8 symmetries.
-    generator = torch.Generator().manual_seed(args.seed)
-    batch_size = min(args.batch_size, len(training))
-    losses, best = [], -math.inf
-    for epoch in range(1, args.max_epochs + 1):
+    facts = {"dataset": args.dataset, "name": name, "panel": list(panel.index), "reference": reference,
+             "arguments": {key: value for key, value in vars(args).items() if key != "resume"}}
+    losses, first = [], 1
+    if args.resume and run.last.exists():
+        losses = load_progress(run.last, network, optimiser, facts)
+        first = len(losses) + 1
+        say(f"resuming after epoch {len(losses)}")
+    best = max((row["validation_pearson"] for row in losses), default=-math.inf)
+
+    # Training. Every epoch sees each training spot once, in another order and another of its 8 symmetries. All that is
+    # random in it comes from the seed and the epoch's number, so that a resumed run repeats what it would have been.
+    for epoch in range(first, args.max_epochs + 1):
+        start = time.perf_counter()
         model.train()
+        generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+        torch.manual_seed((args.seed * 100_003 + epoch) * world + rank)  # dropout
         order = training[torch.randperm(len(training), generator=generator)]
         batches = order[:len(order) // batch_size * batch_size].split(batch_size)  # the partial last batch is dropped
+        mine = [index[rank::world] for index in batches]
         total = torch.zeros((), device=device)
-        bar = tqdm(batches, desc=f"epoch {epoch}/{args.max_epochs}", leave=False, disable=None)
-        for step, index in enumerate(bar, 1):
-            pixels = to_pixels(augment(spots.patches[index], generator), config)  # (B, 3, S, S)
+        bar = tqdm(zip(mine, spots.patches.stream(mine), strict=True), f"epoch {epoch}/{args.max_epochs}", len(mine),
+                   leave=False, disable=None if rank == 0 else True)
+        for step, (index, patches) in enumerate(bar, 1):
+            turns = random_turns(batch_size, generator)[rank::world]
+            pixels = to_pixels(augment(patches, turns), config)  # (B / R, 3, S, S)
             with command.autocast(device):
-                image, expression = model(pixels, spots.expression[index.to(device)])  # (B, D), (B, D)
-            loss = image_centric_loss(image, expression, config.temperature)
+                image, expression = model(pixels, spots.expression[index.to(device)])  # (B / R, D) each
+            loss = image_centric_loss(parallel.gather(image.float()), parallel.gather(expression.float()),
+                                      config.temperature)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             total += loss.detach()
-            if step % 10 == 0:  # reading the loss waits for the GPU
+            if step % 10 == 0 and not bar.disable:  # reading the loss waits for the GPU
                 bar.set_postfix(loss=f"{total.item() / step:.3f}")
 
         train_loss = total.item() / len(batches)
         if not math.isfinite(train_loss):
             raise InputError(f"the training loss of epoch {epoch} is {train_loss}: training has diverged. Lower --lr "
                              f"(now {args.lr}) or raise --temperature (now {args.temperature})")
-        validation_loss, score = validate(model, spots, training, validation, batch_size)
+        speed = len(batches) * batch_size / (time.perf_counter() - start)
+        validation_loss, score = validate(network, spots, training, validation, batch_size, rank, world)
         if math.isnan(score):
             raise InputError(f"no gene varies over the {len(validation)} validation spots, so no epoch can be called "
                              "the best. Raise --val_fraction")
         losses.append({"epoch": epoch, "train_loss": train_loss, "validation_loss": validation_loss,
                        "validation_pearson": score})
-        print(f"epoch {epoch}: training loss {train_loss:.3f}, validation loss {validation_loss:.3f}, "
-              f"validation Pearson {score:.4f}{' *' if score > best else ''}", flush=True)
-        if score > best:
-            best = score
-            save_checkpoint(run.checkpoint, model, dataset=args.dataset, name=name, panel=list(panel.index),
-                            reference=reference, epoch=epoch, validation_pearson=score, arguments=vars(args))
-        with atomic_path(run.losses) as path:
-            pd.DataFrame(losses).to_csv(path, index=False)
-    print(f"best: validation Pearson {best:.4f}; model in {run.checkpoint}")
+        say(f"epoch {epoch}: training loss {train_loss:.3f}, validation loss {validation_loss:.3f}, validation Pearson "
+            f"{score:.4f}{' *' if score > best else '  '}  {speed:,.0f} patches/s", flush=True)
+        if rank == 0:
+            if score > best:
+                save_checkpoint(run.checkpoint, network, epoch=epoch, validation_pearson=score, **facts)
+            with atomic_path(run.losses) as path:
+                pd.DataFrame(losses).to_csv(path, index=False)
+            save_progress(run.last, network, optimiser, losses, facts)
+        best = max(best, score)
+    say(f"best: validation Pearson {best:.4f}; model in {run.checkpoint}")
+    parallel.finish()
 
 
 @torch.inference_mode()
-def validate(model, spots, training, validation, batch_size):
+def validate(model, spots, training, validation, batch_size, rank, world):
     """Loss over the validation spots, and the score that selects the epoch: the task itself, on held-out tissue.
 
     Each validation patch retrieves its 50 nearest training spots by their expression embeddings; the score is the
     mean Pearson correlation per gene within each section, averaged over sections and genes.
     """
     model.eval()
-    loss, images = 0.0, []
-    for index in validation.split(batch_size):
-        with command.autocast(spots.expression.device):
-            image, expression = model(to_pixels(spots.patches[index], model.config),
-                                      spots.expression[index.to(spots.expression.device)])
-        loss += image_centric_loss(image, expression, model.config.temperature).item() * len(index)
-        images.append(image.float())
-    reference = spots.expression[training.to(spots.expression.device)]
-    nearest, _ = retrieve(torch.cat(images), model.encode_expression(reference))
-    prediction = average_expression(nearest, reference.cpu().numpy())  # (n_validation, G)
-    truth = spots.expression[validation.to(spots.expression.device)].cpu().numpy()
+    device = spots.expression.device
+    images = parallel.gather_interleaved(
+        encode_patches(model, spots.patches, validation[rank::world], max(1, batch_size // world)))  # (n, D)
+    truth, reference = spots.expression[validation.to(device)], spots.expression[training.to(device)]
+    loss = sum(image_centric_loss(image, expression, model.config.temperature).item() * len(image)
+               for image, expression in zip(images.split(batch_size), model.encode_expression(truth).split(batch_size),
+                                            strict=True))
+    nearest, _ = retrieve(images, model.encode_expression(reference))
+    prediction, truth = average_expression(nearest, reference.cpu().numpy()), truth.cpu().numpy()  # (n, G)
     section = spots.section[validation.numpy()]
-    scores = [mean_defined(pearson_per_gene(prediction[section == s], truth[section == s])) for s in set(section)]
+    scores = [mean_defined(pearson_per_gene(prediction[section == s], truth[section == s]))
+              for s in dict.fromkeys(section)]
     return loss / len(validation), sum(scores) / len(scores)
 
 

@@ -1,9 +1,17 @@
 """Processed files -> tensors on the device; the split into training and validation spots; augmentation."""
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
+
+from .command import autocast
+
+READERS = 4  # threads that read patches ahead of the model
 
 
 class Spots:
@@ -29,26 +37,49 @@ class Spots:
 
 
 class Patches:
-    """Patches of several sections under one index. On the GPU when they take at most half of its free memory."""
+    """Patches of several sections under one index, P x P pixels each.
+
+    They are kept on the GPU when they take at most half of its free memory; otherwise they stay in their memory maps,
+    and threads read ahead.
+    """
 
     def __init__(self, sections, device):
         self.sections, self.device = sections, device
         self.ends = np.cumsum([len(patches) for patches in sections])
         self.resident = None
         if device.type == "cuda" and sum(p.nbytes for p in sections) < torch.cuda.mem_get_info(device)[0] / 2:
-            self.resident = torch.cat([torch.from_numpy(np.asarray(p)).to(device) for p in sections])
+            self.resident = torch.cat([torch.from_numpy(np.array(p)).to(device) for p in sections])
 
-    def __getitem__(self, index):
-        """index: (B,) int64, on the CPU. Returns uint8 (B, P, P, 3) on the device."""
-        if self.resident is not None:
-            return self.resident[index.to(self.device)]
+    def where(self):
+        """In words: where the patches are kept."""
+        size = sum(patches.nbytes for patches in self.sections) / 1e9
+        return f"{size:.1f} GB of patches {'on the GPU' if self.resident is not None else 'read from disk as needed'}"
+
+    def read(self, index):
+        """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3) on the CPU, in pinned memory where a GPU waits for it."""
         index = index.numpy()
         section = np.searchsorted(self.ends, index, side="right")
-        batch = np.empty((len(index), *self.sections[0].shape[1:]), np.uint8)
+        batch = torch.empty((len(index), *self.sections[0].shape[1:]), dtype=torch.uint8,
+                            pin_memory=self.device.type == "cuda")
         for s in np.unique(section):
             rows = np.flatnonzero(section == s)
-            batch[rows] = self.sections[s][index[rows] - (self.ends[s - 1] if s else 0)]
-        return torch.from_numpy(batch).to(self.device)
+            batch.numpy()[rows] = self.sections[s][index[rows] - (self.ends[s - 1] if s else 0)]
+        return batch
+
+    def stream(self, batches):
+        """Yield the patches of each index in `batches`, (B,) int64 on the CPU, as uint8 (B, P, P, 3) on the device."""
+        if self.resident is not None:
+            for index in batches:
+                yield self.resident[index.to(self.device)]
+            return
+        with ThreadPoolExecutor(READERS) as readers:
+            ahead = deque()
+            for index in batches:
+                ahead.append(readers.submit(self.read, index))
+                if len(ahead) > 2 * READERS:
+                    yield ahead.popleft().result().to(self.device, non_blocking=True)
+            while ahead:
+                yield ahead.popleft().result().to(self.device, non_blocking=True)
 
 
 def split_spots(spots, patch_px, fraction, protocol, seed):
@@ -77,13 +108,17 @@ def split_spots(spots, patch_px, fraction, protocol, seed):
     return torch.from_numpy(np.concatenate(training)), torch.from_numpy(np.concatenate(validation))
 
 
-def augment(patches, generator):
-    """Turn each patch to one of the 8 symmetries of the square, all equally likely.
+def random_turns(n, generator):
+    """For each of n patches, one of the 8 symmetries of the square, all equally likely: bool (n, 3) on the CPU."""
+    return torch.randint(0, 2, (n, 3), generator=generator, dtype=torch.bool)
+
+
+def augment(patches, turns):
+    """Mirror each patch left-right, top-bottom and along its diagonal, or not, as `turns` (B, 3) says.
 
     The same as the published random flips and rotations by multiples of 90°. patches: (B, P, P, 3), any device.
     """
-    flip_x, flip_y, swap = torch.randint(0, 2, (3, len(patches), 1, 1, 1), generator=generator,
-                                         dtype=torch.bool).to(patches.device)
+    flip_x, flip_y, swap = turns.to(patches.device, non_blocking=True).T[..., None, None, None]  # (B, 1, 1, 1) each
     patches = torch.where(flip_x, patches.flip(2), patches)
     patches = torch.where(flip_y, patches.flip(1), patches)
     return torch.where(swap, patches.transpose(1, 2), patches)
@@ -94,6 +129,27 @@ def to_pixels(patches, config):
     pixels = patches.permute(0, 3, 1, 2).float()
     if pixels.shape[-1] != config.image_size:
         pixels = F.interpolate(pixels, size=config.image_size, mode="bilinear", antialias=True)
-    mean = torch.tensor(config.mean, device=pixels.device).view(3, 1, 1) * 255
-    std = torch.tensor(config.std, device=pixels.device).view(3, 1, 1) * 255
+    mean, std = pixel_statistics(config.mean, config.std, pixels.device)
     return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache
+def pixel_statistics(mean, std, device):
+    """Mean and standard deviation of pixels in 0 to 255, (3, 1, 1) each. Made once: making them waits for the GPU."""
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (mean, std))
+
+
+@torch.inference_mode()
+def encode_patches(model, patches, index, batch_size):
+    """Image embeddings of the patches in `index`: float32 (n, D) on their device. No augmentation: deterministic.
+
+    The last batch is filled up, so that all have one shape and a compiled encoder is compiled once.
+    """
+    if not len(index):
+        return torch.empty(0, model.width, device=patches.device)
+    filled = torch.cat([index, index[:1].expand(-len(index) % batch_size)])
+    embeddings = []
+    for batch in patches.stream(filled.split(batch_size)):
+        with autocast(patches.device):
+            embeddings.append(model.encode_image(to_pixels(batch, model.config)).float())
+    return torch.cat(embeddings)[:len(index)]

@@ -41,6 +41,8 @@ def parser(description):
                        help="where this run's results go; default: save, ebd and figure at the top of the project")
     flags.add_argument("--batch_size", type=positive, default=128, help="patches per step")
     flags.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    flags.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                       help="compile the encoder: about a minute at first, then faster. main.py does so on CUDA GPUs")
     flags.add_argument("--seed", type=int, default=42, help="same seed, same result")
     return flags
 

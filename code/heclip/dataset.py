@@ -174,6 +174,7 @@ class Run:
         self.top = save if save_path else ROOT
         self.folder = save / dataset
         self.checkpoint = self.folder / f"{name}_best.pt"
+        self.last = self.folder / f"{name}_last.pt"
         self.losses = self.folder / f"{name}_losses.csv"
         self.prediction = self.folder / f"{name}_prediction.h5ad"
         self.genes = self.folder / f"{name}_genes.csv"

@@ -10,11 +10,14 @@ from .files import InputError
 def log_normalise(adata):
     """Scale each spot to the section's median count, then log(1 + x): once. Counts are kept in layers["counts"].
 
-    Modifies adata: X becomes CSR float32 (n_spots, n_genes), in natural-log units. A spot without counts stays zero.
+    Modifies adata: X becomes CSR float32 (n_spots, n_genes), in natural-log units. A spot without counts stays zero,
+    and does not lower the median.
     """
     adata.layers["counts"] = adata.X.copy()
     adata.X = adata.X.astype(np.float32)
-    scanpy.pp.normalize_total(adata)
+    total = np.asarray(adata.X.sum(axis=1)).ravel()
+    # Left to itself, scanpy counts the empty spots too in some versions, and not in others.
+    scanpy.pp.normalize_total(adata, target_sum=np.median(total[total > 0]))
     scanpy.pp.log1p(adata)
     del adata.uns["log1p"]  # scanpy's mark holds a None that not every reader takes
 

@@ -1,6 +1,7 @@
 """Writing files whole or not at all, and the one kind of error that a user can mend."""
 
 import hashlib
+import io
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,18 @@ def atomic_path(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_h5ad(adata, path):
+    """Write an AnnData as h5ad. It is composed in memory first: on a full disk HDF5 itself crashes the process."""
+    import anndata
+    import h5py
+
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        anndata.io.write_elem(file, "/", adata)
+    with open(path, "wb") as file:
+        file.write(content.getbuffer())
 
 
 def sha256(path):

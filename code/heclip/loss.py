@@ -1,5 +1,6 @@
 """The image-centric contrastive loss: a pure function of a batch's embeddings."""
 
+import torch
 import torch.nn.functional as F
 
 
@@ -11,7 +12,8 @@ def image_centric_loss(image, expression, temperature=1.0):
     As published, the targets are transposed (their rows need not sum to 1) and gradients flow through them.
     Returns the mean over i. Computed in float32 whatever the embeddings' type.
     """
-    image, expression = image.float(), expression.float()
-    logits = image @ expression.T / temperature  # (B, B)
-    targets = F.softmax(image @ image.T / temperature, dim=1)  # (B, B)
-    return -(targets.T * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+    with torch.autocast(image.device.type, enabled=False):
+        image, expression = image.float(), expression.float()
+        logits = image @ expression.T / temperature  # (B, B)
+        targets = F.softmax(image @ image.T / temperature, dim=1)  # (B, B)
+        return -(targets.T * F.log_softmax(logits, dim=1)).sum(dim=1).mean()

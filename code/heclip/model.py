@@ -3,6 +3,7 @@
 Symbols: B batch, G genes in the panel, S side of the encoder's input in pixels, D embedding width.
 """
 
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,12 +57,10 @@ class HECLIP(nn.Module):
         self.config = config
         self.image_encoder = timm.create_model(config.encoder, pretrained=False, num_classes=0)
         features = getattr(self.image_encoder, "head_hidden_size", None) or self.image_encoder.num_features
-        if config.panel_type == "heg":
-            self.image_projection = ProjectionHead(features, config.embedding_dim, config.dropout)
-            self.expression_projection = ProjectionHead(config.n_genes, config.embedding_dim, config.dropout)
-        else:
-            self.image_projection = ProjectionHead(features, config.n_genes, config.dropout)
-            self.expression_projection = nn.Identity()
+        self.width = config.embedding_dim if config.panel_type == "heg" else config.n_genes
+        self.image_projection = ProjectionHead(features, self.width, config.dropout)
+        self.expression_projection = (ProjectionHead(config.n_genes, self.width, config.dropout)
+                                      if config.panel_type == "heg" else nn.Identity())
 
     def encode_image(self, pixels):
         """Standardised pixels (B, 3, S, S) -> (B, D)."""
@@ -115,7 +114,18 @@ def load_encoder_weights(network, encoder, file=None):
     if problem:
         raise InputError(f"{file} is not of a {encoder}: {problem[0]} has shape {tuple(weights[problem[0]].shape)}, "
                          f"expected {tuple(wanted[problem[0]].shape)}. Name its encoder with --encoder")
+    # A deeper network of the family fits by name: resnet101 holds every entry of resnet50.
+    parts = {key.split(".")[0] for key in wanted}
+    deeper = sorted(block for block in blocks(weights) - blocks(wanted) if block.split(".")[0] in parts)
+    if deeper:
+        raise InputError(f"{file} is not of a {encoder}, but of a deeper network: it holds {deeper[0]}. Name its "
+                         "encoder with --encoder")
     network.load_state_dict({key: weights.get(key, value) for key, value in wanted.items()})
+
+
+def blocks(keys):
+    """The numbered parts in entries' names: layer3.5 of layer3.5.conv1.weight."""
+    return {key[:number.end()] for key in keys for number in re.finditer(r"\.\d+(?=\.)", key)}
 
 
 def packaged_weights(encoder):

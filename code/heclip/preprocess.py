@@ -8,7 +8,7 @@ import pandas as pd
 
 from . import expression, figures, slide, sources
 from .dataset import ROOT, Processed, run_name
-from .files import InputError, atomic_path, sha256
+from .files import InputError, atomic_path, sha256, write_h5ad
 
 
 def preprocess(dataset, argv=None):
@@ -50,7 +50,8 @@ def preprocess_section(dataset, section, raw, processed):
              for what in ("counts", "positions", "image")}
     if dataset.symbols:
         files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
-    made_from = {"files": {path.name: sha256(path) for path in files.values()},
+    read = sources.files_of(files["counts"]) + [path for what, path in files.items() if what != "counts"]
+    made_from = {"files": {path.name: sha256(path) for path in read},
                  "n_spots": section.n_spots, "patch_px": dataset.patch_px, "min_counts": dataset.min_counts,
                  "pitch_um": dataset.pitch_um, "spot_um": dataset.spot_um}
     picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.png"
@@ -61,18 +62,19 @@ def preprocess_section(dataset, section, raw, processed):
         print(f"{section.name}: reading {', '.join(path.name for path in files.values())}", flush=True)
         adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
+        mpp = dataset.pitch_um / pitch(adata, files["positions"])
         # Both files appear at once, so that patches of one version never meet expression of another.
         with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
             with slide.open_slide(files["image"], processed.folder / f".{section.name}.slide.part") as opened:
                 thumbnail, scale, adata.uns["padded"] = slide.crop_patches(
                     opened, adata.obsm["spatial"], dataset.patch_px, patches)
-            mpp = dataset.pitch_um / sources.lattice_pitch(adata.obs.assign(
-                x=adata.obsm["spatial"][:, 0], y=adata.obsm["spatial"][:, 1]))
             adata.uns["spatial"] = {section.name: {
                 "images": {"hires": thumbnail},
                 "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": dataset.spot_um / mpp},
                 "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
-            adata.write_h5ad(h5ad)
+            write_h5ad(adata, h5ad)
+            for panel_type in ("hvg", "heg"):
+                drop_corrected(processed, section.name, panel_type)  # it was made from what is replaced now
         figures.spots_over_slide(adata, section.name, picture)
     elif not picture.exists():
         figures.spots_over_slide(adata, section.name, picture)
@@ -93,11 +95,23 @@ def read_section(dataset, section, files):
     if "symbols" in files:
         symbols = sources.read_symbols(files["symbols"])
         adata.var["symbol"] = symbols.reindex(adata.var_names).fillna(pd.Series(adata.var_names, adata.var_names))
-    if dataset.min_counts:
-        adata = adata[np.asarray(adata.X.sum(axis=1)).ravel() >= dataset.min_counts].copy()
+    total = np.asarray(adata.X.sum(axis=1)).ravel()
+    if total.max() < max(1, dataset.min_counts):
+        raise InputError(f"section {section.name}: no spot of {files['counts']} has {max(1, dataset.min_counts)} "
+                         f"counts or more (min_counts of dataset {dataset.name}); the fullest has {total.max()}")
+    adata = adata[total >= dataset.min_counts].copy()
     expression.log_normalise(adata)
     expression.gene_statistics(adata)
     return adata
+
+
+def pitch(adata, positions_path):
+    """Distance of a section's neighbouring spots in pixels."""
+    x, y = adata.obsm["spatial"].T
+    try:
+        return sources.lattice_pitch(adata.obs.assign(x=x, y=y))
+    except ValueError as error:
+        raise InputError(f"{positions_path}: {error}. Check that this is the section's own position file") from None
 
 
 def read_genes(processed, section):
@@ -122,6 +136,14 @@ def write_panel(dataset, processed, genes, panel_type, protocol):
     with atomic_path(processed.panel_path(run_name(panel_type, protocol))) as path, open(path, "w") as file:
         file.write(f"# {json.dumps(how)}\n")
         panel.to_csv(file)
+        if protocol == "paper":
+            for section in dataset.sections:
+                drop_corrected(processed, section.name, panel_type)  # its columns are those of the panel replaced now
+
+
+def drop_corrected(processed, section, panel_type):
+    """Remove corrected expression that no longer fits, so that no later stage takes it for today's."""
+    processed.corrected_path(section, run_name(panel_type, "paper")).unlink(missing_ok=True)
 
 
 def write_corrected(dataset, processed, panel_type):

@@ -5,6 +5,7 @@ not grow with the slide: a band is about 512 rows, unless one strip or tile of t
 """
 
 import gzip
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,13 +75,14 @@ def open_slide(path, scratch):
 
 def unpack(path, target):
     """Gunzip to `target`, to the last byte: a file that ends early is an error."""
-    with open(target, "wb") as out:
-        try:
-            source = gzip.open(path)
+    try:
+        with gzip.open(path) as source, open(target, "wb") as out:
             while block := source.read(1 << 24):
                 out.write(block)
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise unreadable(path, error) from None
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise unreadable(path, error) from None
 
 
 @contextmanager
@@ -94,12 +96,19 @@ def tiff(path, file):
         raise unreadable(path, error) from None
     with handle:
         try:
+            if not handle.pages:
+                raise ValueError("it holds no image")
             series, page = handle.series[0], handle.pages[0]
             end = max(offset + size for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True))
             if end > file.stat().st_size:
                 raise ValueError(f"it ends {end - file.stat().st_size:,} bytes early")
             if page.dtype != np.uint8:
                 raise ValueError(f"its pixels are {page.dtype}, expected 8 bits a channel")
+            kind = tifffile.PHOTOMETRIC(page.photometric).name
+            if kind == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
+                kind = "RGB"  # tifffile decodes it so
+            if kind not in ("RGB", "MINISBLACK") or page.samplesperpixel not in (1, 3, 4):
+                raise ValueError(f"it has {page.samplesperpixel} channels of kind {kind}, expected RGB or grey")
             if page.is_memmappable:
                 pixels, chunk = tifffile.memmap(file, mode="r"), 1
             else:

@@ -34,7 +34,8 @@ def find(raw, patterns, what):
                          "folder with --raw")
     for pattern in patterns:
         for suffix in ("", ".gz"):
-            matches = sorted(set(glob(pattern + suffix, root_dir=raw, recursive=True)))
+            matches = sorted({match for match in glob(pattern + suffix, root_dir=raw, recursive=True)
+                              if not (raw / match).is_dir()})
             if len(matches) > 1:
                 raise InputError(f"{raw}: {len(matches)} files match {pattern + suffix} for the {what}: "
                                  f"{', '.join(matches[:4])}. Keep one of them there")
@@ -71,24 +72,29 @@ def read_counts(path):
         adata = read_st_table(path)
     else:
         raise InputError(f"{path}: not a count matrix of a known kind (…matrix.mtx, ….h5 or ….tsv, .gz or not)")
-    for what, names in (("barcode", adata.obs_names), ("gene id", adata.var_names)):
-        if not names.is_unique:
-            twice = names[names.duplicated()][0]
-            raise InputError(f"{path}: {what} {twice} occurs more than once; each must be unique. "
-                             "Download the matrix again or mend its table")
     counts = adata.X.data
-    if counts.size and (counts.min() < 0 or np.any(counts != np.rint(counts))):
+    if np.isnan(counts).any():
+        raise InputError(f"{path}: some of its values are empty. Download it again")
+    if counts.size and (counts.min() < 0 or counts.max() > np.iinfo(np.int32).max or (counts != np.rint(counts)).any()):
         raise InputError(f"{path}: holds values that are not counts (whole numbers from 0). Give the raw counts, "
                          "not normalised expression")
     adata.X = adata.X.astype(np.int32)
     return adata
 
 
+def files_of(path):
+    """The files that `read_counts` reads for a matrix: itself, and its barcodes and features if they lie beside it."""
+    path = Path(path)
+    name = path.name.removesuffix(".gz")
+    if not name.endswith("matrix.mtx"):
+        return [path]
+    prefix = name.removesuffix("matrix.mtx")
+    return [path, beside(path, prefix, "barcodes.tsv"), beside(path, prefix, "features.tsv", "genes.tsv")]
+
+
 def read_mtx(path):
     """The 10x trio matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), plain or gzipped, with any prefix."""
-    prefix = path.name.removesuffix(".gz").removesuffix("matrix.mtx")
-    barcodes_path = beside(path, prefix, "barcodes.tsv")
-    features_path = beside(path, prefix, "features.tsv", "genes.tsv")
+    _, barcodes_path, features_path = files_of(path)
     barcodes = read_table(barcodes_path)[0].astype(str)
     features = read_table(features_path)
     try:
@@ -103,7 +109,7 @@ def read_mtx(path):
                          "They belong to different sections or one is incomplete: download the three again")
     symbols = features[1 if features.shape[1] > 1 else 0].astype(str)
     kinds = features[2].to_numpy() if features.shape[1] > 2 else None
-    return build(matrix.T.tocsr(), barcodes, features[0].astype(str), symbols, kinds)
+    return build(path, matrix.T, barcodes, features[0].astype(str), symbols, kinds)
 
 
 def beside(path, prefix, *names):
@@ -130,12 +136,15 @@ def read_h5(path):
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Variable names are not unique")  # ids replace the symbols below
+            warnings.filterwarnings("ignore", "(Variable|Observation) names are not unique")  # `build` looks at ids
             adata = scanpy.read_10x_h5(path)
-    except Exception as error:  # HDF5 raises many kinds
+    except OSError as error:
         raise damaged(path, error) from None
+    except Exception:  # of many kinds, where a group or a column is not there
+        raise InputError(f"{path} is HDF5, but not a 10x feature-barcode matrix. Give the …feature_bc_matrix.h5 that "
+                         "Space Ranger wrote") from None
     kinds = adata.var["feature_types"].to_numpy() if "feature_types" in adata.var else None
-    return build(adata.X, adata.obs_names, adata.var["gene_ids"], adata.var_names, kinds)
+    return build(path, adata.X, adata.obs_names, adata.var["gene_ids"], adata.var_names, kinds)
 
 
 def read_st_table(path):
@@ -147,26 +156,43 @@ def read_st_table(path):
     except DAMAGED as error:
         raise damaged(path, error) from None
     with open_text(path) as file:  # pandas renames a repeated column, and so hides it
-        genes = file.readline().rstrip("\n").split("\t")[-table.shape[1]:]
-    return build(matrix, table.index.astype(str), genes, genes)
+        genes = [gene.strip('"') for gene in file.readline().rstrip("\n").split("\t")]
+    genes = genes[len(genes) - table.shape[1]:]  # the corner above the row names is optional
+    return build(path, matrix, table.index.astype(str), genes, genes)
 
 
-def build(matrix, barcodes, gene_ids, symbols, kinds=None):
+def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
     """AnnData from a spots x genes matrix and its names, gene-expression features only."""
-    adata = anndata.AnnData(scipy.sparse.csr_matrix(matrix), obs=pd.DataFrame(index=pd.Index(barcodes, name="barcode")),
-                            var=pd.DataFrame({"symbol": np.asarray(symbols)}, index=pd.Index(gene_ids, name="gene_id")))
+    matrix = scipy.sparse.csr_matrix(matrix)
+    obs = pd.DataFrame(index=pd.Index(barcodes, name="barcode"))
+    var = pd.DataFrame({"symbol": np.asarray(symbols)}, index=pd.Index(gene_ids, name="gene_id"))
     if kinds is not None and (kinds != "Gene Expression").any():
-        adata = adata[:, kinds == "Gene Expression"].copy()
-    return adata
+        matrix, var = matrix[:, kinds == "Gene Expression"], var[kinds == "Gene Expression"]
+    if 0 in matrix.shape:
+        raise InputError(f"{path}: holds {matrix.shape[0]} spots x {matrix.shape[1]} genes of gene expression. "
+                         "Download it again")
+    for what, names in (("barcode", obs.index), ("gene id", var.index)):
+        if not names.is_unique:
+            twice = names[names.duplicated()][0]
+            raise InputError(f"{path}: {what} {twice} occurs more than once; each must be unique. "
+                             "Download the matrix again or mend its table")
+    return anndata.AnnData(matrix, obs=obs, var=var)
 
 
 def read_symbols(path):
     """Gene symbols by id, from a table with the columns gene_id and gene_name."""
     try:
         with open_text(path) as file:
-            return pd.read_csv(file, sep="\t").set_index("gene_id")["gene_name"]
+            table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
     except DAMAGED as error:
         raise damaged(path, error) from None
+    if not {"gene_id", "gene_name"} <= set(table.columns):
+        raise InputError(f"{path}: not a table of gene symbols: its first line lacks gene_id or gene_name")
+    table = table.drop_duplicates(["gene_id", "gene_name"]).set_index("gene_id")
+    if not table.index.is_unique:
+        twice = table.index[table.index.duplicated()][0]
+        raise InputError(f"{path}: gene id {twice} occurs more than once, with different symbols. Keep one of them")
+    return table["gene_name"]
 
 
 # ---------------------------------------------------------------------------------------------- positions
@@ -187,11 +213,17 @@ def read_positions(path):
                 table = pd.read_csv(file, sep="\t")
                 return positions(path, table["x"].astype(str) + "x" + table["y"].astype(str), table["selected"],
                                  table["y"], table["x"], table["pixel_x"], table["pixel_y"])
+            if not first:
+                raise InputError(f"{path} is empty. Download it again")
             headed = first.split(",")[0].strip('"') == "barcode"
             if first.count(",") != 5:
                 raise InputError(f"{path}: not a position file: its first line has {first.count(',') + 1} columns, "
-                                 f"expected the six of Space Ranger ({', '.join(POSITION_COLUMNS)})")
+                                 f"expected the six of Space Ranger ({', '.join(POSITION_COLUMNS)}). "
+                                 "Download it again")
             table = pd.read_csv(file, header=0 if headed else None, names=None if headed else POSITION_COLUMNS)
+            if absent := set(POSITION_COLUMNS) - set(table.columns):
+                raise InputError(f"{path}: its header lacks {', '.join(sorted(absent))}; expected the columns of Space "
+                                 f"Ranger ({', '.join(POSITION_COLUMNS)})")
             return positions(path, *(table[column] for column in (
                 "barcode", "in_tissue", "array_row", "array_col", "pxl_col_in_fullres", "pxl_row_in_fullres")))
     except DAMAGED as error:
@@ -200,15 +232,15 @@ def read_positions(path):
 
 def positions(path, barcode, in_tissue, array_row, array_col, x, y):
     """The position table from its columns."""
-    table = pd.DataFrame({"in_tissue": in_tissue.to_numpy() == 1, "array_row": array_row.to_numpy(dtype=np.int64),
-                          "array_col": array_col.to_numpy(dtype=np.int64), "x": x.to_numpy(dtype=np.float64),
-                          "y": y.to_numpy(dtype=np.float64)}, index=pd.Index(barcode.astype(str), name="barcode"))
+    numbers = {"in_tissue": in_tissue, "array_row": array_row, "array_col": array_col, "x": x, "y": y}
+    table = pd.DataFrame({name: column.to_numpy(dtype=np.float64) for name, column in numbers.items()},
+                         index=pd.Index(barcode.astype(str), name="barcode"))
     if not table.index.is_unique:
         twice = table.index[table.index.duplicated()][0]
-        raise InputError(f"{path}: barcode {twice} occurs more than once. Download the position file again")
-    if not np.isfinite(table[["x", "y"]].to_numpy()).all():
-        raise InputError(f"{path}: some pixel positions are empty. Download the position file again")
-    return table
+        raise InputError(f"{path}: barcode {twice} occurs more than once. Download it again")
+    if not (complete := np.isfinite(table.to_numpy()).all(axis=1)).all():
+        raise InputError(f"{path}: the line of {table.index[~complete][0]} is incomplete. Download it again")
+    return table.assign(in_tissue=table["in_tissue"] == 1).astype({"array_row": np.int64, "array_col": np.int64})
 
 
 def lattice_pitch(spots):

@@ -1,0 +1,80 @@
+"""Training on several processes (torchrun): who am I, and the exchange of embeddings.
+
+R ranks, B global batch. Each rank encodes B / R spots; the loss is computed on all B, so that the contrastive batch is
+the global one whatever the number of processes.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from .files import InputError
+
+
+def start(device):
+    """Join the processes that torchrun started. Returns (rank, number of ranks, this rank's device)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise InputError(f"torchrun with --device {device.type}: several processes need GPUs or the CPU")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), world, device
+
+
+def distribute(model, device):
+    """Average the gradients of `model` over all ranks, and batch-norm statistics where there are GPUs."""
+    if not dist.is_initialized():
+        return model
+    if device.type == "cuda":
+        import timm
+
+        model = timm.layers.convert_sync_batchnorm(model)  # knows timm's own batch-norm layers
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+class Gather(torch.autograd.Function):
+    """(B / R, D) of each rank -> (B, D), rank by rank; the gradient returns to the rank it belongs to."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        everyones = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyones, rows.contiguous())
+        return torch.cat(everyones)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # Every rank computes the loss of the whole batch, so this sums R equal shares; averaging parameter gradients
+        # over ranks then divides by R, and leaves the gradient that one process would have.
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(rows):
+    """All ranks' rows, with gradient; the rows themselves on a single process."""
+    return Gather.apply(rows) if dist.is_initialized() else rows
+
+
+def gather_interleaved(rows):
+    """All ranks' rows without gradient, put back in the order of which each rank took every R-th: (n, D)."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows.cpu())
+    whole = torch.empty(sum(map(len, parts)), rows.shape[1], dtype=rows.dtype)
+    for rank, part in enumerate(parts):
+        whole[rank::len(parts)] = part
+    return whole.to(rows.device)
+
+
+def finish():
+    """Leave the group of processes, all together: one that leaves early can take the others down."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,145 @@
+"""Training over several processes, and training that is killed: both must end where one undisturbed process would."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from test_scripts import TRAIN, prepare
+
+import main
+from heclip.dataset import Run
+from heclip.files import InputError, sha256
+
+# One step a batch of all ranks, without what differs by design: batch norm (test_vit has none) and dropout.
+STEPS = """
+import functools, sys
+import main, heclip.model
+main.configure = functools.partial(heclip.model.configure, dropout=0.0)
+main.main(sys.argv[1:])
+"""
+
+
+def start(project, flags, processes=1, code=STEPS, wrapper=None):
+    """Run `code` with these flags on one process, or under torchrun, written to the file `wrapper`, on several."""
+    launch = [sys.executable, "-c", code]
+    if processes > 1:
+        wrapper.write_text(code)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+                  str(wrapper)]
+    env = {**os.environ, "PYTHONPATH": str(project / "code"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launch, *map(str, flags)], capture_output=True, text=True, timeout=200, env=env)
+
+
+@pytest.fixture(scope="module")
+def small():
+    prepare("parallel")
+    return ["--dataset", "parallel", *TRAIN]
+
+
+GRADIENTS = """
+import torch
+from heclip import parallel
+from heclip.loss import image_centric_loss
+from heclip.model import HECLIP, configure
+
+rank, world, device = parallel.start(torch.device("cpu"))
+torch.manual_seed(0)
+network = HECLIP(configure("test_vit", "heg", 7, 160, dropout=0.0))
+pixels, expression = torch.randn(8, 3, 160, 160), torch.randn(8, 7)
+loss = image_centric_loss(*network(pixels, expression))
+alone = torch.autograd.grad(loss, network.parameters())
+
+model = parallel.distribute(network, device)
+image, gene = model(pixels[rank::world], expression[rank::world])
+shared = image_centric_loss(parallel.gather(image), parallel.gather(gene))
+shared.backward()
+torch.testing.assert_close(shared, loss)
+for parameter, gradient in zip(network.parameters(), alone, strict=True):
+    torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
+everyone = parallel.gather_interleaved(torch.arange(5.)[rank::world, None])
+assert torch.equal(everyone, torch.arange(5.)[:, None])
+print(f"rank {rank} of {world}: equal")
+parallel.finish()
+"""
+
+
+def test_two_processes_have_the_loss_and_gradients_of_one(project, tmp_path):
+    done = start(project, [], 2, code=GRADIENTS, wrapper=tmp_path / "wrapper.py")
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 2: equal" in done.stdout
+    assert "rank 1 of 2: equal" in done.stdout
+
+
+def test_two_processes_train_as_one(small, project, tmp_path):
+    flags = [*small, "--encoder", "test_vit", "--image_size", "160", "--max_epochs", "2"]
+    for processes in (1, 2):
+        done = start(project, [*flags, "--save_path", tmp_path / str(processes)], processes,
+                     wrapper=tmp_path / "wrapper.py")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("epoch 2:") == 1  # one writer
+    one, two = (pd.read_csv(Run("parallel", "heg", tmp_path / str(n)).losses) for n in (1, 2))
+    columns = ["train_loss", "validation_loss"]  # retrieval jumps where two spots are equally near
+    pd.testing.assert_frame_equal(one[columns], two[columns], rtol=1e-3)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(small, project, tmp_path):
+    done = start(project, [*small, "--batch_size", "15", "--save_path", tmp_path], 2, wrapper=tmp_path / "wrapper.py",
+                 code="import main; from heclip import command; command.run(main.main)")
+    assert done.returncode != 0
+    assert "--batch_size 15 cannot be shared equally by 2 processes" in done.stderr
+
+
+def test_killed_and_resumed_training_ends_in_the_same_bytes(small, project, tmp_path):
+    flags = [*small, "--max_epochs", "4", "--save_path", str(tmp_path / "run")]
+    train = "import sys, main; main.main(sys.argv[1:])"
+    assert start(project, flags, code=train).returncode == 0
+    run = Run("parallel", "heg", tmp_path / "run")
+    undisturbed = {path: sha256(path) for path in (run.checkpoint, run.losses)}
+    weights = torch.load(run.last, weights_only=True)["model"]
+    for path in (*undisturbed, run.last):
+        path.unlink()
+    # Killed outright at the first step of the third epoch.
+    killed = start(project, flags, code="""
+import os, signal, sys
+import main
+
+save = main.save_progress
+
+def save_and_arm(path, model, optimiser, losses, facts):
+    save(path, model, optimiser, losses, facts)
+    if len(losses) == 2:
+        main.random_turns = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+main.save_progress = save_and_arm
+main.main(sys.argv[1:])
+""")
+    assert killed.returncode == -signal.SIGKILL
+    assert len(pd.read_csv(run.losses)) == 2
+    done = start(project, [*flags, "--resume"], code=train)
+    assert "resuming after epoch 2" in done.stdout, done.stderr
+    assert {path: sha256(path) for path in undisturbed} == undisturbed
+    for name, value in torch.load(run.last, weights_only=True)["model"].items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_resume_starts_when_there_is_nothing_yet_and_adds_epochs(small, tmp_path, capsys):
+    flags = [*small, "--save_path", str(tmp_path), "--resume"]
+    main.main([*flags, "--max_epochs", "1"])
+    main.main([*flags, "--max_epochs", "2"])
+    assert "resuming after epoch 1" in capsys.readouterr().out
+    assert list(pd.read_csv(Run("parallel", "heg", tmp_path).losses)["epoch"]) == [1, 2]
+
+
+def test_resume_refuses_another_run_and_a_damaged_file(small, tmp_path):
+    flags = [*small, "--save_path", str(tmp_path), "--max_epochs", "1"]
+    main.main(flags)
+    with pytest.raises(InputError, match=r"--lr was 0.001, is 0.01"):
+        main.main([*flags, "--resume", "--lr", "0.01"])
+    last = Run("parallel", "heg", tmp_path).last
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"heg_last\.pt is damaged"):
+        main.main([*flags, "--resume"])

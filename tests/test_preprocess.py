@@ -1,0 +1,701 @@
+"""preprocess.py: what later stages rely on, and that bad input or a killed run leaves nothing they could misread."""
+
+import dataclasses
+import gzip
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+from PIL import Image
+from test_slide import an_image, obvious_patches
+from test_sources import write_h5, write_mtx, write_positions
+
+import preprocess_spatialLIBD_1
+from heclip import expression
+from heclip.dataset import Dataset, Processed, Section
+from heclip.files import InputError, sha256
+from heclip.preprocess import preprocess
+
+# ------------------------------------------------------------------------- a tiny data set, arranged as published
+
+SECTIONS = {"A1": 1, "B1": 2, "C1": 3}  # and its folder's number; C1 is the query
+GENES = [f"ENSG{i:05d}" for i in range(60)]
+SYMBOLS = [f"GENE{i % 58}" for i in range(60)]  # two of them occur twice
+STEP, PATCH, HEIGHT, WIDTH = 20.0, 16, 190, 150
+
+
+def dataset(first=None, **changes):
+    """The tiny dataset; `first` is the section to begin with, so that one can see what exists when it fails."""
+    names = sorted(SECTIONS, key=lambda name: (name != first, name))
+    facts = dict(name="tiny", n_hvg=8, n_heg=12, markers=("GENE3", "NOSUCH"), patch_px=PATCH, sections=[Section(
+        name=name, donor="D", role="query" if name == "C1" else "reference",
+        counts=[f"data/filtered_expression_matrices/{SECTIONS[name]}/*matrix.mtx", f"**/{name}_*.h5"],
+        positions=[f"data/tissue_pos_matrices/tissue_positions_list_{SECTIONS[name]}.csv"],
+        image=[f"image/{name}.tif", f"image/{name}.png"]) for name in names])
+    return Dataset(**facts | changes)
+
+
+def some_counts(n_spots, seed):
+    """Counts (spots x GENES) whose means and variances differ from gene to gene."""
+    random = np.random.default_rng(seed)
+    mean = random.permutation(np.geomspace(0.2, 30, len(GENES)))
+    return random.negative_binomial(2, 2 / (2 + mean), (n_spots, len(GENES)))
+
+
+def some_positions(seed):
+    """A staggered lattice of 36 spots in random order, two thirds under tissue; the first row is near the edge."""
+    rows, cols = (grid.ravel() for grid in np.mgrid[:6, :12])
+    staggered = (rows + cols) % 2 == 0
+    table = pd.DataFrame({"in_tissue": 1, "array_row": rows[staggered], "array_col": cols[staggered]})
+    table["pxl_row_in_fullres"] = 5 + table["array_row"] * STEP * np.sqrt(3) / 2
+    table["pxl_col_in_fullres"] = 10 + table["array_col"] * STEP / 2
+    table.insert(0, "barcode", [f"SPOT{i:02d}-1" for i in range(len(table))])
+    table.loc[table.index % 3 == 2, "in_tissue"] = 0
+    return table.sample(frac=1, random_state=seed)
+
+
+def counts_file(raw, name):
+    folder = raw / "data/filtered_expression_matrices" / str(SECTIONS[name])
+    return folder / {"A1": "matrix.mtx", "B1": "matrix.mtx.gz", "C1": "C1_raw_feature_bc_matrix.h5"}[name]
+
+
+def positions_file(raw, name):
+    return raw / f"data/tissue_pos_matrices/tissue_positions_list_{SECTIONS[name]}.csv"
+
+
+def image_file(raw, name):
+    return raw / "image" / {"A1": "A1.tif", "B1": "B1.tif.gz", "C1": "C1.png"}[name]
+
+
+def write_counts(raw, name, counts, barcodes, ids=GENES):
+    """A1 has a plain trio, B1 a gzipped one, C1 an h5."""
+    path = counts_file(raw, name)
+    if name == "C1":
+        write_h5(path, counts, barcodes, ids, SYMBOLS)
+    else:
+        write_mtx(path.parent, counts, barcodes, ids, SYMBOLS, suffix=path.name.removeprefix("matrix.mtx"))
+
+
+def raw_section(name):
+    """What the raw files of a section hold: counts of all spots by barcode, positions by barcode, image."""
+    table = some_positions(seed=SECTIONS[name])
+    barcodes = sorted(table["barcode"], reverse=True)  # not the order of the positions
+    return (pd.DataFrame(some_counts(len(table), SECTIONS[name]), barcodes, GENES), table.set_index("barcode"),
+            an_image(HEIGHT, WIDTH, seed=SECTIONS[name]))
+
+
+def write_raw(raw, name):
+    counts, table, image = raw_section(name)
+    write_counts(raw, name, counts.to_numpy(), counts.index)
+    write_positions(positions_file(raw, name), table.reset_index())
+    path = image_file(raw, name)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(image).save(plain := path.with_name(path.name.removesuffix(".gz")))
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+
+
+def run(raw, *flags, first=None, **changes):
+    preprocess(dataset(first, **changes), ["--raw", str(raw), *flags])
+
+
+def under(root, monkeypatch):
+    """Let every stage write below `root`."""
+    for module in ("dataset", "preprocess"):
+        monkeypatch.setattr(f"heclip.{module}.ROOT", root)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The tiny data set, preprocessed once with both protocols: root and raw. Tests must leave it as it is."""
+    root, raw = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("raw")
+    for name in SECTIONS:
+        write_raw(raw, name)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        under(root, monkeypatch)
+        run(raw, "--protocol", "paper")
+    return root, raw
+
+
+@pytest.fixture
+def copy(made, tmp_path, monkeypatch):
+    """A copy of it to change: root and raw."""
+    for source, name in zip(made, ("root", "raw"), strict=True):
+        shutil.copytree(source, tmp_path / name)
+    under(tmp_path / "root", monkeypatch)
+    return tmp_path / "root", tmp_path / "raw"
+
+
+@pytest.fixture
+def processed(made, monkeypatch):
+    under(made[0], monkeypatch)
+    return Processed("tiny")
+
+
+def snapshot(root):
+    """Every file below a folder with its bytes and the time it was written."""
+    return {str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def written(root):
+    """The names of the processed files."""
+    return {path.name for path in (root / "GSE/tiny/processed").glob("*")}
+
+
+FILES = {"sections.csv", *(f"panel_{name}.csv" for name in ("hvg", "heg", "hvg_paper", "heg_paper")),
+         *(f"{section}.{suffix}" for section in SECTIONS
+           for suffix in ("h5ad", "patches.npy", "hvg_paper.npy", "heg_paper.npy"))}
+
+# ------------------------------------------------------------------------- what a good run writes
+
+
+def test_a_run_writes_these_files_and_no_other(made):
+    root, _ = made
+    assert written(root) == FILES
+    pictures = sorted((root / "figure").rglob("*"))
+    assert [path.name for path in pictures if path.is_file()] == ["A1.png", "B1.png", "C1.png"]
+    assert Image.open(root / "figure/QC/tiny/A1.png").size > (300, 100)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_section_holds_its_spots_under_tissue_in_the_matrix_order(processed, name):
+    counts, table, _ = raw_section(name)
+    kept = [barcode for barcode in counts.index if table.loc[barcode, "in_tissue"]]
+    adata = processed.read(name)
+    assert adata.obs_names.tolist() == kept
+    np.testing.assert_array_equal(adata.layers["counts"].toarray(), counts.loc[kept])
+    assert adata.obs["in_tissue"].all()
+    assert adata.obs[["array_row", "array_col"]].to_numpy().tolist() == table.loc[
+        kept, ["array_row", "array_col"]].to_numpy().tolist()
+    np.testing.assert_array_equal(
+        adata.obsm["spatial"], table.loc[kept, ["pxl_col_in_fullres", "pxl_row_in_fullres"]])  # x, y
+    assert adata.var_names.tolist() == GENES
+    assert adata.var["symbol"].tolist() == SYMBOLS
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_expression_is_normalised_and_logged_once_and_stays_sparse(processed, name):
+    adata = processed.read(name)
+    assert isinstance(adata.X, scipy.sparse.csr_matrix)
+    assert isinstance(adata.layers["counts"], scipy.sparse.csr_matrix)
+    assert adata.X.dtype == np.float32
+    counts = adata.layers["counts"].toarray().astype(float)
+    total = counts.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(adata.X.toarray(), np.log1p(counts / total * np.median(total)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_patch_i_is_the_crop_around_spot_i(processed, name):
+    _, table, image = raw_section(name)
+    adata, patches = processed.read(name), processed.patches(name)
+    xy = table.loc[adata.obs_names, ["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
+    assert patches.shape == (adata.n_obs, PATCH, PATCH, 3)
+    assert patches.dtype == np.uint8
+    np.testing.assert_array_equal(patches, obvious_patches(image, xy, PATCH))
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_spatial_entry_is_what_scanpy_and_squidpy_expect(processed, name):
+    adata = processed.read(name)
+    (library, entry), = adata.uns["spatial"].items()
+    assert library == name
+    assert entry["images"]["hires"].shape == (HEIGHT, WIDTH, 3)  # smaller than the limit, so not shrunk
+    assert entry["images"]["hires"].dtype == np.uint8
+    assert entry["scalefactors"]["tissue_hires_scalef"] == 1
+    assert entry["metadata"]["mpp"] == pytest.approx(100 / STEP)
+    assert entry["scalefactors"]["spot_diameter_fullres"] == pytest.approx(55 / 100 * STEP)
+    assert entry["metadata"]["source_image_path"] == image_file(Path(), name).name
+
+
+def test_the_section_table_says_where_each_section_came_from(made, processed):
+    _, raw = made
+    table = processed.sections()
+    assert table.index.tolist() == list(SECTIONS)
+    assert table["donor"].tolist() == ["D"] * 3
+    assert table["role"].tolist() == ["reference", "reference", "query"]
+    assert (table["n_spots"] == 24).all()
+    np.testing.assert_allclose(table["mpp"], 100 / STEP)
+    assert (table["patch_px"] == PATCH).all()
+    for name, row in table.iterrows():
+        y = processed.read(name).obsm["spatial"][:, 1]
+        assert row["padded"] == (np.rint(y) < PATCH // 2).sum() > 0
+        assert row["image"] == image_file(raw, name).name
+        recorded = dict(entry.rsplit(":", 1) for entry in row["sha256"].split(" "))
+        trio = list(counts_file(raw, name).parent.iterdir())
+        read = [*trio, positions_file(raw, name), image_file(raw, name)]
+        assert recorded == {path.name: sha256(path) for path in read}
+
+
+@pytest.mark.parametrize(("panel_type", "protocol", "choosing"), [
+    ("hvg", "strict", ["A1", "B1"]), ("heg", "strict", ["A1", "B1"]),
+    ("hvg", "paper", ["A1", "B1", "C1"]), ("heg", "paper", ["A1", "B1", "C1"])])
+def test_a_panel_is_the_union_of_the_top_genes_of_its_sections(processed, panel_type, protocol, choosing):
+    panel = processed.panel(panel_type if protocol == "strict" else f"{panel_type}_paper")
+    n_top = {"hvg": 8, "heg": 12}[panel_type]
+    column = {"hvg": "dispersion", "heg": "mean"}[panel_type]
+    ranks = {name: processed.read(name).var[column].rank(ascending=False, method="first") for name in choosing}
+
+    assert panel.columns.tolist() == ["symbol", "marker", *(f"rank_{name}" for name in choosing)]
+    assert panel.index.tolist() == [gene for gene in GENES if any(ranks[name][gene] <= n_top for name in choosing)]
+    for name in choosing:
+        np.testing.assert_array_equal(panel[f"rank_{name}"], ranks[name][panel.index])
+        if panel_type == "heg":
+            np.testing.assert_allclose(processed.read(name).X.toarray().mean(axis=0), processed.read(name).var["mean"],
+                                       rtol=1e-5)
+    assert panel["symbol"].tolist() == [SYMBOLS[GENES.index(gene)] for gene in panel.index]
+    assert panel["marker"].tolist() == [symbol == "GENE3" for symbol in panel["symbol"]]
+    assert panel.attrs["sections"] == choosing
+    assert (panel.attrs["type"], panel.attrs["protocol"], panel.attrs["n_top"]) == (panel_type, protocol, n_top)
+    assert "NOSUCH" in panel.attrs["markers_not_in_panel"]
+
+
+@pytest.mark.parametrize("panel_type", ["hvg", "heg"])
+def test_corrected_expression_has_the_spots_and_genes_in_order(processed, panel_type):
+    panel = processed.panel(f"{panel_type}_paper")
+    plain = {name: processed.read(name)[:, panel.index].X.toarray() for name in SECTIONS}
+    expected = expression.harmonise(plain)
+    for name in SECTIONS:
+        corrected = np.load(processed.corrected_path(name, f"{panel_type}_paper"))
+        assert corrected.dtype == np.float32
+        np.testing.assert_allclose(corrected, expected[name], atol=1e-5)
+        # Correction moves each section as a whole, mostly; rows or columns in another order would not resemble it.
+        before, after = (matrix - matrix.mean(axis=0) for matrix in (plain[name], corrected))
+        assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.95
+
+
+def test_a_section_below_min_counts_loses_spots_and_their_patches_alike(copy):
+    _, raw = copy
+    totals = raw_section("A1")[0].sum(axis=1)
+    least = int(totals.median())
+    run(raw, min_counts=least)
+    adata, patches = Processed("tiny").read("A1"), Processed("tiny").patches("A1")
+    assert 0 < adata.n_obs < 24
+    assert (totals[adata.obs_names] >= least).all()
+    np.testing.assert_array_equal(patches, obvious_patches(raw_section("A1")[2], adata.obsm["spatial"], PATCH))
+
+
+def test_a_symbol_table_names_the_genes_it_knows_and_the_others_keep_their_id(copy):
+    _, raw = copy
+    (raw / "genes.tsv").write_text("gene_id\tgene_name\nENSG00003\tPenk\n")
+    run(raw, symbols=("**/genes.tsv",), markers=("Penk",))
+    symbol = Processed("tiny").read("B1").var["symbol"]
+    assert symbol["ENSG00003"] == "Penk"
+    assert (symbol.drop("ENSG00003") == symbol.index.drop("ENSG00003")).all()
+
+
+# ------------------------------------------------------------------------- running again
+
+
+def section_files(root, name):
+    return {path: seen for path, seen in snapshot(root).items() if Path(path).name in (f"{name}.h5ad",
+                                                                                     f"{name}.patches.npy")}
+
+
+def test_an_unchanged_section_is_not_made_again(copy):
+    root, raw = copy
+    before = {name: section_files(root, name) for name in SECTIONS}
+    run(raw)
+    assert before == {name: section_files(root, name) for name in SECTIONS}
+
+
+def rewrite_counts(raw):
+    write_counts(raw, "A1", some_counts(36, 99), sorted(raw_section("A1")[0].index))
+
+
+def rewrite_barcodes(raw):
+    path = counts_file(raw, "A1").with_name("barcodes.tsv")
+    path.write_text("\n".join(reversed(path.read_text().split())) + "\n")
+
+
+def rewrite_features(raw):
+    path = counts_file(raw, "A1").with_name("features.tsv")
+    path.write_text(path.read_text().replace("GENE7", "OTHER"))
+
+
+def rewrite_positions(raw):
+    table = some_positions(seed=1)
+    write_positions(positions_file(raw, "A1"), table.assign(pxl_col_in_fullres=table["pxl_col_in_fullres"] + 3))
+
+
+def rewrite_image(raw):
+    Image.fromarray(an_image(HEIGHT, WIDTH, seed=99)).save(image_file(raw, "A1"))
+
+
+CHANGES = [rewrite_counts, rewrite_barcodes, rewrite_features, rewrite_positions, rewrite_image]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_section_is_made_again_when_one_of_its_files_changed_and_the_others_are_not(copy, change):
+    root, raw = copy
+    before = {name: section_files(root, name) for name in SECTIONS}
+    change(raw)
+    run(raw)
+    after = {name: section_files(root, name) for name in SECTIONS}
+    for path, (_, when) in before["A1"].items():
+        assert after["A1"][path][1] > when
+    assert (after["B1"], after["C1"]) == (before["B1"], before["C1"])
+    recorded = Processed("tiny").sections().loc["A1", "sha256"]
+    assert sha256(counts_file(raw, "A1").with_name("barcodes.tsv")) in recorded
+
+
+@pytest.mark.parametrize("lost", ["A1.h5ad", "A1.patches.npy"])
+def test_half_of_a_section_is_no_section(copy, lost):
+    root, raw = copy
+    (root / "GSE/tiny/processed" / lost).unlink()
+    run(raw)
+    assert written(root) | {"A1.hvg_paper.npy", "A1.heg_paper.npy"} == FILES
+
+
+@pytest.mark.parametrize("change", [dict(patch_px=8), dict(min_counts=1), dict(pitch_um=200), dict(spot_um=100)])
+def test_a_changed_setting_makes_the_sections_again(copy, change):
+    root, raw = copy
+    before = section_files(root, "B1")
+    run(raw, **change)
+    assert all(section_files(root, "B1")[path][1] > when for path, (_, when) in before.items())
+
+
+@pytest.mark.parametrize("panel_type", ["hvg", "heg"])
+def test_the_query_chooses_nothing_in_the_strict_protocol(copy, panel_type):
+    root, raw = copy
+    strict, paper = (root / f"GSE/tiny/processed/panel_{panel_type}{end}.csv" for end in ("", "_paper"))
+    before = strict.read_bytes(), paper.read_bytes()
+    query = root / "GSE/tiny/processed/C1.h5ad"
+    changed = some_counts(36, seed=1234)
+    changed[:, :40] = 0  # also genes that nothing in the query expresses
+    write_counts(raw, "C1", changed, raw_section("C1")[0].index)
+    query_before = query.read_bytes()
+    run(raw, "--protocol", "paper")
+    assert query.read_bytes() != query_before
+    assert strict.read_bytes() == before[0]
+    assert paper.read_bytes() != before[1]  # so the change was large enough to show
+
+
+def test_a_reference_does_choose(copy):
+    root, raw = copy
+    before = (root / "GSE/tiny/processed/panel_heg.csv").read_bytes()
+    rewrite_counts(raw)
+    run(raw)
+    assert (root / "GSE/tiny/processed/panel_heg.csv").read_bytes() != before
+
+
+def test_corrected_expression_of_a_section_that_changed_is_not_left_to_be_used(copy):
+    root, raw = copy
+    rewrite_counts(raw)
+    run(raw)
+    stale = {"A1.hvg_paper.npy", "A1.heg_paper.npy"}
+    assert written(root) == FILES - stale
+    processed = Processed("tiny")
+    with pytest.raises(InputError, match=r"A1\.heg_paper\.npy is missing"):
+        processed.expression("A1", "heg_paper", processed.panel("heg_paper"))
+    run(raw, "--protocol", "paper")
+    assert written(root) == FILES
+
+
+def test_corrected_expression_of_another_panel_is_not_left_when_the_correction_fails(copy, monkeypatch):
+    root, raw = copy
+
+    def fails(matrices):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(expression, "harmonise", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(raw, "--protocol", "paper", n_hvg=5)
+    assert written(root) == FILES - {f"{name}.hvg_paper.npy" for name in SECTIONS}
+
+
+# ------------------------------------------------------------------------- bad input
+
+
+def edit_text(path, change):
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "rt") as file:
+        text = file.read()
+    with opened(path, "wt") as file:
+        file.write(change(text))
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def beside_counts(raw, name, file):
+    return counts_file(raw, name).with_name(file)
+
+
+def replace_counts(raw, name, change):
+    counts, _, _ = raw_section(name)
+    write_counts(raw, name, change(counts.to_numpy().astype(float)), counts.index)
+
+
+def set_first(value):
+    def change(counts):
+        counts[0, 0] = value
+        return counts
+    return change
+
+
+BAD = {  # case: section, what happens to the raw folder, what the error says, the file it names
+    "no matrix": ("A1", lambda raw: counts_file(raw, "A1").unlink(), "no counts of section A1 found", "matrix.mtx"),
+    "no barcodes": ("A1", lambda raw: beside_counts(raw, "A1", "barcodes.tsv").unlink(), "is missing", "barcodes.tsv"),
+    "no positions": ("B1", lambda raw: positions_file(raw, "B1").unlink(), "no positions of section B1 found",
+                     "tissue_positions_list_2.csv"),
+    "no image": ("C1", lambda raw: image_file(raw, "C1").unlink(), "no image of section C1 found", "image/C1.tif"),
+    "truncated mtx": ("A1", lambda raw: half(counts_file(raw, "A1")), "damaged or incomplete", "1/matrix.mtx"),
+    "truncated mtx.gz": ("B1", lambda raw: half(counts_file(raw, "B1")), "damaged or incomplete", "2/matrix.mtx.gz"),
+    "corrupt mtx.gz": ("B1", lambda raw: flip(counts_file(raw, "B1")), "damaged or incomplete", "2/matrix.mtx.gz"),
+    "corrupt barcodes.gz": ("B1", lambda raw: half(beside_counts(raw, "B1", "barcodes.tsv.gz")),
+                            "damaged or incomplete", "2/barcodes.tsv.gz"),
+    "truncated h5": ("C1", lambda raw: half(counts_file(raw, "C1")), "damaged or incomplete",
+                     "C1_raw_feature_bc_matrix.h5"),
+    "fewer barcodes than columns": (
+        "A1", lambda raw: edit_text(beside_counts(raw, "A1", "barcodes.tsv"), lambda text: text[:27]),
+        "60 x 36 entries, but features.tsv has 60 genes and barcodes.tsv 3 barcodes", "1/matrix.mtx"),
+    "fewer features than rows": (
+        "B1", lambda raw: edit_text(beside_counts(raw, "B1", "features.tsv.gz"), lambda text: text.split("\n")[0]),
+        "60 x 36 entries, but features.tsv.gz has 1 genes", "2/matrix.mtx.gz"),
+    "foreign barcodes": (
+        "A1", lambda raw: edit_text(beside_counts(raw, "A1", "barcodes.tsv"), lambda text: text.replace("SP", "XX")),
+        "lacks 24 of the 24 spots", "tissue_positions_list_1.csv"),
+    "nothing under tissue": ("A1", lambda raw: write_positions(
+        positions_file(raw, "A1"), some_positions(1).assign(in_tissue=0)), "no spot is under tissue",
+        "tissue_positions_list_1.csv"),
+    "barcode twice": (
+        "A1", lambda raw: edit_text(beside_counts(raw, "A1", "barcodes.tsv"),
+                                    lambda text: text.replace("SPOT07", "SPOT08")),
+        "barcode SPOT08-1 occurs more than once", "1/matrix.mtx"),
+    "position twice": (
+        "A1", lambda raw: edit_text(positions_file(raw, "A1"), lambda text: text.replace("SPOT07", "SPOT08")),
+        "barcode SPOT08-1 occurs more than once", "tissue_positions_list_1.csv"),
+    "gene id twice": (
+        "B1", lambda raw: edit_text(beside_counts(raw, "B1", "features.tsv.gz"),
+                                    lambda text: text.replace("ENSG00007", "ENSG00008")),
+        "gene id ENSG00008 occurs more than once", "2/matrix.mtx.gz"),
+    "normalised values": ("A1", lambda raw: replace_counts(raw, "A1", np.log1p), "not counts", "1/matrix.mtx"),
+    "a negative value": ("A1", lambda raw: replace_counts(raw, "A1", set_first(-1)), "not counts", "1/matrix.mtx"),
+    "truncated positions": ("A1", lambda raw: edit_text(positions_file(raw, "A1"), lambda text: text[:-30]),
+                            "is incomplete", "tissue_positions_list_1.csv"),
+    "a web page for positions": ("A1", lambda raw: positions_file(raw, "A1").write_text("<html>404</html>"),
+                                 "not a position file", "tissue_positions_list_1.csv"),
+    "spots on a line": ("A1", lambda raw: write_positions(positions_file(raw, "A1"), some_positions(1).assign(
+        array_row=0)), "on a line", "tissue_positions_list_1.csv"),
+    "a text file for an image": ("C1", lambda raw: image_file(raw, "C1").write_text("404"),
+                                 "cannot be read as an image", "image/C1.png"),
+    "truncated tif": ("A1", lambda raw: half(image_file(raw, "A1")), "cannot be read as an image", "image/A1.tif"),
+    "truncated tif.gz": ("B1", lambda raw: half(image_file(raw, "B1")), "cannot be read as an image",
+                         "image/B1.tif.gz"),
+    "truncated png": ("C1", lambda raw: half(image_file(raw, "C1")), "cannot be read as an image", "image/C1.png"),
+    "the wrong image": ("C1", lambda raw: Image.fromarray(an_image(80, 80)).save(image_file(raw, "C1")),
+                        "has 80 x 80 pixels, but", "image/C1.png"),
+}
+
+
+def assert_nothing_happens(root, raw, says, names, first, **changes):
+    """A run fails with an error that says this, over earlier results and without, and changes no file."""
+    before = snapshot(root)
+    for earlier in (True, False):
+        if not earlier:
+            shutil.rmtree(root)
+            before = {}
+        with pytest.raises(InputError) as error:
+            run(raw, first=first, **changes)
+        assert says in str(error.value)
+        assert names in str(error.value)
+        assert "\n" not in str(error.value)
+        assert snapshot(root) == before
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_changes_no_file(copy, case):
+    section, damage, says, names = BAD[case]
+    damage(copy[1])
+    message = assert_nothing_happens(*copy, says, names, first=section)
+    assert str(copy[1]) in message
+
+
+@pytest.mark.parametrize(("change", "says", "names"), [
+    (lambda sections: [dataclasses.replace(sections[0], n_spots=25), *sections[1:]],
+     "gives 24 spots under tissue, but A1 has 25", "1/matrix.mtx"),
+    (lambda sections: [dataclasses.replace(sections[0], image=["image/?1.*"]), *sections[1:]],
+     "3 files match image/?1.* for the image of section A1", "image/B1.tif.gz"),
+], ids=["expected number of spots", "ambiguous pattern"])
+def test_files_that_contradict_the_stated_facts_change_no_file(copy, change, says, names):
+    assert_nothing_happens(*copy, says, names, first="A1", sections=change(dataset().sections))
+
+
+def test_a_min_counts_that_no_spot_reaches_changes_no_file(copy):
+    assert_nothing_happens(*copy, "has 1000000 counts or more", "1/matrix.mtx", first="A1", min_counts=1_000_000)
+
+
+def test_a_wrong_folder_is_named_with_the_mend_and_changes_no_file(copy):
+    root, raw = copy
+    message = assert_nothing_happens(root, raw / "nowhere", "is not a folder", "nowhere", first="A1")
+    assert "--raw" in message
+
+
+def test_a_folder_with_other_files_is_named_with_the_mend_and_changes_no_file(copy, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = assert_nothing_happens(copy[0], tmp_path / "empty", "no counts of section A1 found", "empty", first="A1")
+    assert "--raw" in message
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda sections: [*sections, sections[0]], "section A1 is named twice"),
+    (lambda sections: [dataclasses.replace(sections[0], role="test")], "role 'test' is neither"),
+    (lambda sections: sections[2:], "no section has the role 'reference'")])
+def test_a_dataset_that_contradicts_itself_is_refused_before_any_file_is_read(change, says):
+    with pytest.raises(InputError, match=says):
+        dataset(sections=change(dataset().sections))
+
+
+def test_sections_without_a_gene_in_common_have_no_panel(copy):
+    root, raw = copy
+    counts, _, _ = raw_section("A1")
+    write_counts(raw, "A1", counts.to_numpy(), counts.index, ids=[f"MOUSE{i}" for i in range(60)])
+    before = {name: (root / "GSE/tiny/processed" / name).read_bytes() for name in written(root) if "panel" in name}
+    with pytest.raises(InputError, match=r"the hvg panel of A1, B1 is empty.*same gene ids"):
+        run(raw)
+    assert before == {name: (root / "GSE/tiny/processed" / name).read_bytes() for name in before}
+    assert written(root) <= FILES
+
+
+@pytest.mark.parametrize("positions_of", ["151507", "151669"])
+def test_the_matrix_of_another_cortex_section_under_151507s_name_is_refused(
+        real_data, tmp_path, monkeypatch, positions_of):
+    """The published spatialLIBD_1 sizes can only come from 151669's matrix in the place of 151507's."""
+    under(tmp_path / "root", monkeypatch)
+    cortex, raw = real_data("spatialLIBD"), tmp_path / "raw"
+    positions = cortex / "151669/tissue_positions_list.txt"
+    table = pd.read_csv(positions, header=None)
+    barcodes = table.loc[table[1] == 1, 0].tolist()
+    write_h5(raw / "151507_filtered_feature_bc_matrix.h5", np.ones((len(barcodes), 2), int), barcodes, ["E1", "E2"],
+             ["A", "B"])
+    (raw / "151507").mkdir()
+    shutil.copy(cortex / positions_of / "tissue_positions_list.txt", raw / "151507")
+    Image.fromarray(an_image(20, 30)).save(raw / "151507_full_image.tif")
+    with pytest.raises(InputError, match="lacks .* of the 4226" if positions_of == "151507" else
+                       "gives 3661 spots under tissue, but 151507 has 4226") as error:
+        preprocess(preprocess_spatialLIBD_1.DATASET, ["--raw", str(raw)])
+    assert "151507_filtered_feature_bc_matrix.h5" in str(error.value)
+    assert snapshot(tmp_path / "root") == {}
+
+
+def test_the_matrix_of_a_smaller_section_under_anothers_name_is_refused(copy):
+    root, raw = copy
+    counts, table, _ = raw_section("A1")
+    under_tissue = table.index[table["in_tissue"] == 1][:-5]
+    write_counts(raw, "A1", counts.loc[under_tissue].to_numpy(), under_tissue)
+    assert_nothing_happens(root, raw, "lacks 5 of the 24 spots", "1/matrix.mtx", first="A1")
+
+
+# ------------------------------------------------------------------------- the machine fails
+
+
+def script(root, raw, before="", **options):
+    """Run preprocess as a script in a process of its own, with `before` run first in it."""
+    code = "\n".join([
+        "from heclip.command import run", "from heclip.preprocess import preprocess",
+        "from test_preprocess import dataset", before, f"run(lambda: preprocess(dataset(), ['--raw', {str(raw)!r}]))"])
+    tests = Path(__file__).parent
+    paths = os.pathsep.join(str(path) for path in (tests.parent / "code", tests.parent / "GSE", tests))
+    environment = os.environ | {"PYTHONPATH": paths, "HECLIP_ROOT": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120,
+                          check=False, **options)
+
+
+@pytest.mark.parametrize("full_at", ["patches", "expression"])
+def test_a_full_disk_ends_in_one_line_and_damages_nothing(copy, full_at):
+    root, raw = copy
+    patches, section = (root / f"GSE/tiny/processed/A1.{end}" for end in ("patches.npy", "h5ad"))
+    assert patches.stat().st_size + 4096 < section.stat().st_size
+    limit = patches.stat().st_size + (-4096 if full_at == "patches" else 4096)
+    rewrite_counts(raw)
+    before = snapshot(root)
+
+    done = script(root, raw, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: the disk is full")
+    assert done.stderr.count("\n") == 1
+    assert snapshot(root) == before
+
+
+def kill_when_called(function, name, call=1):
+    """Code that sends the process a signal when a function is called for the n-th time, and then goes on."""
+    module, attribute = function.rsplit(".", 1)
+    return f"""
+import os, signal, {module} as module
+original, calls = module.{attribute}, []
+def killed(*args):
+    calls.append(args)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.{name})
+    return original(*args)
+module.{attribute} = killed
+"""
+
+
+def test_a_terminated_run_removes_its_half_written_files(copy):
+    root, raw = copy
+    rewrite_counts(raw)
+    before = snapshot(root)
+    done = script(root, raw, kill_when_called("heclip.slide.repeat_edge", "SIGTERM"))
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == ""
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize(("function", "call", "may_exist"), [
+    ("heclip.slide.repeat_edge", 1, set()),  # while the patches are written
+    ("os.replace", 2, {"A1.patches.npy"}),  # between the renaming of a section's two files
+])
+def test_after_a_run_was_killed_outright_the_next_one_mends_all(copy, made, function, call, may_exist):
+    root, raw = copy
+    shutil.rmtree(root)
+    done = script(root, raw, kill_when_called(function, "SIGKILL", call))
+    assert done.returncode == -signal.SIGKILL
+    left = written(root)
+    assert any(name.endswith(".part") for name in left)
+    assert {name for name in left if not name.endswith(".part")} == may_exist
+
+    run(raw, "--protocol", "paper")
+    assert written(root) == FILES
+    for name in SECTIONS:
+        undisturbed, mended = (base / "GSE/tiny/processed" for base in (made[0], root))
+        assert (mended / f"{name}.patches.npy").read_bytes() == (undisturbed / f"{name}.patches.npy").read_bytes()
+        one, two = (anndata.read_h5ad(folder / f"{name}.h5ad") for folder in (undisturbed, mended))
+        assert (one.X != two.X).nnz == 0
+        assert one.uns["made_from"] == two.uns["made_from"]
+
+
+def test_a_users_mistake_ends_in_one_line_and_exit_code_1(copy):
+    root, raw = copy
+    done = script(root, raw / "nowhere")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "nowhere is not a folder" in done.stderr
+
+
+def test_the_record_of_a_section_can_be_read_without_this_package(made):
+    adata = anndata.read_h5ad(made[0] / "GSE/tiny/processed/A1.h5ad")
+    assert set(json.loads(adata.uns["made_from"])["files"]) == {
+        "matrix.mtx", "barcodes.tsv", "features.tsv", "tissue_positions_list_1.csv", "A1.tif"}

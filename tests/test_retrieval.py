@@ -1,0 +1,83 @@
+"""Retrieval against the full cosine matrix, sorted; averages against a loop."""
+
+import numpy as np
+import pytest
+import torch
+
+from heclip.retrieval import average_expression, random_spots, retrieve
+
+
+def cosine(query, reference):
+    return (query / np.linalg.norm(query, axis=1)[:, None]) @ (reference / np.linalg.norm(reference, axis=1)[:, None]).T
+
+
+def embeddings(n=23, n_reference=41, width=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(0.2, 1, (n, width)), rng.normal(0.2, 1, (n_reference, width)) * rng.gamma(1, 3, (n_reference, 1))
+
+
+@pytest.mark.parametrize("block", [1, 5, 7, 23, 41, 4096])
+@pytest.mark.parametrize("k", [1, 6, 41, 60])
+def test_the_nearest_are_those_of_the_whole_cosine_matrix_whatever_the_block(k, block):
+    query, reference = embeddings()
+    index, similarity = retrieve(query, reference, k, block)
+    whole = cosine(query, reference)
+    expected = np.argsort(-whole, axis=1)[:, :k]
+    np.testing.assert_array_equal(index, expected)
+    np.testing.assert_allclose(similarity, np.take_along_axis(whole, expected, axis=1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [7, 4096])
+def test_float32_tensors_give_the_similarities_of_float64_to_rounding(block):
+    query, reference = embeddings(width=64)
+    index, similarity = retrieve(torch.from_numpy(query).float(), torch.from_numpy(reference).float(), 10, block)
+    whole = cosine(query, reference)
+    assert index.shape == similarity.shape == (23, 10)
+    np.testing.assert_allclose(similarity, -np.sort(-whole, axis=1)[:, :10], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(similarity, np.take_along_axis(whole, index, axis=1), rtol=0, atol=1e-6)
+
+
+def test_in_one_dimension_only_the_sign_counts():
+    index, similarity = retrieve(np.array([[2.0], [-0.1]]), np.array([[3.0], [-1.0], [0.5], [-8.0]]), 3, block=3)
+    assert set(index[0][:2]) == {0, 2}
+    assert set(index[1][:2]) == {1, 3}
+    np.testing.assert_allclose(similarity, [[1, 1, -1], [1, 1, -1]])
+
+
+def test_length_does_not_count_and_no_spot_is_found_twice():
+    query, reference = embeddings()
+    index, _ = retrieve(query, reference, 15, block=4)
+    scaled, _ = retrieve(100 * query, reference * np.linspace(0.01, 50, 41)[:, None], 15, block=4)
+    np.testing.assert_array_equal(index, scaled)
+    assert all(len(set(row)) == 15 for row in index)
+
+
+def test_equal_embeddings_are_found_with_similarity_one_and_an_empty_one_with_zero():
+    reference = np.array([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0]])
+    index, similarity = retrieve(np.array([[6.0, 8.0]]), reference, 3)
+    assert set(index[0][:2]) == {1, 2}
+    assert index[0][2] == 0
+    np.testing.assert_allclose(similarity, [[1, 1, 0]])
+
+
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_the_average_is_the_plain_mean_of_the_retrieved_rows(k):
+    rng = np.random.default_rng(1)
+    expression = rng.gamma(1, 1, (9, 5)).astype(np.float32)
+    index = np.stack([rng.permutation(9)[:k] for _ in range(12)])
+    average = average_expression(index, expression)
+    assert average.dtype == np.float32
+    assert average.shape == (12, 5)
+    for row, rows in zip(average, index, strict=True):
+        np.testing.assert_allclose(row, np.mean([expression[i] for i in rows], axis=0), rtol=1e-6)
+
+
+def test_random_spots_are_different_within_a_row_seeded_and_spread_over_the_whole_reference():
+    drawn = random_spots(200, 30, 10, seed=1)
+    assert drawn.shape == (200, 10)
+    assert all(len(set(row)) == 10 for row in drawn)
+    assert set(drawn.ravel()) == set(range(30))
+    np.testing.assert_array_equal(drawn, random_spots(200, 30, 10, seed=1))
+    assert (drawn != random_spots(200, 30, 10, seed=2)).any()
+    assert len({tuple(row) for row in drawn}) == 200
+    assert sorted(random_spots(1, 4, 10, seed=0)[0]) == [0, 1, 2, 3]

@@ -1,0 +1,614 @@
+"""sources.py: every raw format gives the same spots x genes table, and a broken file is named."""
+
+import gzip
+import importlib
+import re
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse
+
+from heclip import sources
+from heclip.files import InputError
+
+# ------------------------------------------------------------------------- raw files as others publish them
+
+
+def a_matrix(n_spots=7, n_genes=5, seed=0):
+    """Counts (spots x genes), barcodes, gene ids and symbols; the symbol MATR3 occurs twice, as in GRCh38."""
+    counts = np.random.default_rng(seed).poisson(2, (n_spots, n_genes))
+    barcodes = [f"{letters}ACGT-1" for letters in ("TTG", "AAC", "CGA", "GAT", "ACA", "TGC", "CCT", "GGG")[:n_spots]]
+    symbols = ["MATR3" if i in (1, 3) else f"GENE{i}" for i in range(n_genes)]
+    return counts, barcodes, [f"ENSG{i:05d}" for i in range(n_genes)], symbols
+
+
+def write_text(path, text):
+    """Write text, gzipped if the name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
+    return path
+
+
+def mtx_text(counts):
+    """A spots x genes matrix as the genes x spots MatrixMarket text of 10x."""
+    gene, spot = np.nonzero(np.asarray(counts).T)
+    lines = [f"{g + 1} {s + 1} {counts[s][g]}" for g, s in zip(gene, spot, strict=True)]
+    kind = "real" if np.asarray(counts).dtype.kind == "f" else "integer"
+    return "\n".join([f"%%MatrixMarket matrix coordinate {kind} general", "%metadata_json: {}",
+                      f"{len(counts[0])} {len(counts)} {len(lines)}", *lines, ""])
+
+
+def write_mtx(folder, counts, barcodes, ids, symbols, kinds=None, prefix="", suffix="", features="features.tsv"):
+    """The trio matrix.mtx, barcodes.tsv and features.tsv. Returns the path of the matrix."""
+    kinds = ["Gene Expression"] * len(ids) if kinds is None else kinds
+    columns = (ids, symbols) if features == "genes.tsv" else (ids, symbols, kinds)
+    rows = zip(*columns, strict=True)
+    write_text(folder / f"{prefix}barcodes.tsv{suffix}", "".join(f"{barcode}\n" for barcode in barcodes))
+    write_text(folder / f"{prefix}{features}{suffix}", "".join("\t".join(row) + "\n" for row in rows))
+    return write_text(folder / f"{prefix}matrix.mtx{suffix}", mtx_text(counts))
+
+
+def write_h5(path, counts, barcodes, ids, symbols, kinds=None, genome=None):
+    """A 10x HDF5 matrix, compressed sparse columns of genes x spots; `genome` writes the layout before version 3."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    matrix = scipy.sparse.csc_matrix(np.asarray(counts).T)
+    text = np.array(["Gene Expression"] * len(ids) if kinds is None else kinds, "S")
+    with h5py.File(path, "w") as file:
+        group = file.create_group(genome or "matrix")
+        group["data"], group["indices"] = matrix.data.astype(np.int32), matrix.indices.astype(np.int64)
+        group["indptr"], group["shape"] = matrix.indptr.astype(np.int64), np.array(matrix.shape, np.int32)
+        group["barcodes"] = np.array(barcodes, "S")
+        if genome:
+            group["genes"], group["gene_names"] = np.array(ids, "S"), np.array(symbols, "S")
+        else:
+            features = group.create_group("features")
+            features["id"], features["name"] = np.array(ids, "S"), np.array(symbols, "S")
+            features["feature_type"], features["genome"] = text, np.array(["GRCh38"] * len(ids), "S")
+    return path
+
+
+def write_st(path, counts, barcodes, ids):
+    """A legacy Spatial Transcriptomics table, as pandas and R write it."""
+    return write_text(path, "".join("\t".join(map(str, row)) + "\n" for row in [
+        ["", *ids], *([barcode, *values] for barcode, values in zip(barcodes, counts, strict=True))]))
+
+
+POSITIONS = pd.DataFrame({
+    "barcode": ["AAC-1", "CGA-1", "TTG-1"], "in_tissue": [0, 1, 1], "array_row": [0, 1, 2], "array_col": [4, 7, 10],
+    "pxl_row_in_fullres": [100, 210, 320], "pxl_col_in_fullres": [1000, 1300, 1600]})
+
+
+def write_positions(path, table=POSITIONS, header=False):
+    return write_text(path, table.to_csv(index=False, header=header))
+
+
+def assert_holds(adata, counts, barcodes, ids, symbols):
+    """The contract of read_counts, whatever the format."""
+    np.testing.assert_array_equal(adata.X.toarray(), counts)
+    assert isinstance(adata.X, scipy.sparse.csr_matrix)
+    assert adata.X.dtype == np.int32
+    assert adata.obs_names.tolist() == list(barcodes)
+    assert adata.var_names.tolist() == list(ids)
+    assert adata.var["symbol"].tolist() == list(symbols)
+
+
+# ------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("prefix", ["", "GSM7845914_PSC011_A1_VISIUM_"])
+@pytest.mark.parametrize("features", ["features.tsv", "genes.tsv"])
+def test_a_trio_is_read_plain_or_zipped_with_any_prefix_and_either_gene_table(tmp_path, suffix, prefix, features):
+    matrix = a_matrix()
+    path = write_mtx(tmp_path, *matrix, prefix=prefix, suffix=suffix, features=features)
+    assert_holds(sources.read_counts(path), *matrix)
+
+
+def test_a_zipped_matrix_may_lie_beside_plain_tables(tmp_path):
+    counts, *names = a_matrix()
+    write_mtx(tmp_path, counts, *names).unlink()
+    assert_holds(sources.read_counts(write_text(tmp_path / "matrix.mtx.gz", mtx_text(counts))), counts, *names)
+
+
+def test_a_trio_never_takes_the_tables_of_a_neighbour_with_another_prefix(tmp_path):
+    one, two = a_matrix(seed=1), a_matrix(seed=2)
+    two = (two[0], two[1][::-1], *two[2:])
+    paths = [write_mtx(tmp_path, *matrix, prefix=prefix) for matrix, prefix in ((one, "A_"), (two, "B_"))]
+    for path, matrix in zip(paths, (one, two), strict=True):
+        assert_holds(sources.read_counts(path), *matrix)
+
+
+def test_a_gene_named_like_a_missing_value_keeps_its_name(tmp_path):
+    counts, barcodes, ids, symbols = a_matrix()
+    ids[0] = symbols[0] = "NA"
+    assert_holds(sources.read_counts(write_mtx(tmp_path, counts, barcodes, ids, symbols)),
+                 counts, barcodes, ids, symbols)
+
+
+def test_a_dense_matrix_market_file_is_read(tmp_path):
+    counts, *names = a_matrix()
+    path = write_mtx(tmp_path, counts, *names)
+    with open(path, "wb") as file:
+        scipy.io.mmwrite(file, counts.T)
+    assert path.read_text().startswith("%%MatrixMarket matrix array")
+    assert_holds(sources.read_counts(path), counts, *names)
+
+
+@pytest.mark.parametrize("genome", [None, "GRCh38"])
+def test_a_10x_h5_is_read_in_both_its_layouts(tmp_path, genome):
+    matrix = a_matrix()
+    assert_holds(sources.read_counts(write_h5(tmp_path / "a.h5", *matrix, genome=genome)), *matrix)
+
+
+@pytest.mark.parametrize("write", [lambda folder, *a: write_mtx(folder, *a), lambda folder, *a: write_mtx(
+    folder, *a, suffix=".gz"), lambda folder, *a: write_h5(folder / "a.h5", *a)], ids=["mtx", "mtx.gz", "h5"])
+def test_antibodies_are_not_genes(tmp_path, write):
+    counts, barcodes, ids, symbols = a_matrix()
+    kinds = ["Gene Expression", "Antibody Capture", "Gene Expression", "Gene Expression", "Antibody Capture"]
+    genes = [0, 2, 3]
+    assert_holds(sources.read_counts(write(tmp_path, counts, barcodes, ids, symbols, kinds)),
+                 counts[:, genes], barcodes, [ids[i] for i in genes], [symbols[i] for i in genes])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("corner", [True, False], ids=["header with a corner", "header of genes only"])
+def test_an_st_table_is_read(tmp_path, suffix, corner):
+    counts, _, ids, _ = a_matrix()
+    barcodes = [f"{x}x{x + 2}" for x in range(7)]
+    path = write_st(tmp_path / f"MOB1.tsv{suffix}", counts, barcodes, ids)
+    if not corner:
+        with sources.open_text(path) as file:
+            text = file.read()
+        write_text(path, text.removeprefix("\t"))
+    assert_holds(sources.read_counts(path), counts, barcodes, ids, ids)
+
+
+def test_an_st_table_that_r_wrote_with_quotes_has_none_in_its_names(tmp_path):
+    counts, _, ids, _ = a_matrix()
+    barcodes = [f"{x}x{x + 2}" for x in range(7)]
+    path = write_st(tmp_path / "MOB1.tsv", counts, [f'"{b}"' for b in barcodes], [f'"{i}"' for i in ids])
+    assert_holds(sources.read_counts(path), counts, barcodes, ids, ids)
+
+
+def test_a_matrix_that_is_empty_for_a_spot_keeps_the_spot(tmp_path):
+    counts, *names = a_matrix()
+    counts[3] = 0
+    assert_holds(sources.read_counts(write_mtx(tmp_path, counts, *names)), counts, *names)
+
+
+def test_a_matrix_stays_sparse_from_the_file_to_the_join(tmp_path, monkeypatch):
+    counts, barcodes, ids, symbols = a_matrix()
+    path = write_mtx(tmp_path, counts, barcodes, ids, symbols)
+    spots = pd.DataFrame({"in_tissue": True, "array_row": 0, "array_col": 0, "x": 0.0, "y": 0.0}, index=barcodes)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the matrix was made dense")
+
+    for kind in (scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.coo_matrix):
+        monkeypatch.setattr(kind, "toarray", forbidden)
+        monkeypatch.setattr(kind, "todense", forbidden)
+    adata = sources.join(sources.read_counts(path), spots, path, path)
+    assert isinstance(adata.X, scipy.sparse.csr_matrix)
+
+
+# ------------------------------------------------------------------------- broken counts
+
+
+@pytest.mark.parametrize(("damage", "says"), [
+    (lambda folder: (folder / "matrix.mtx").unlink(), "matrix.mtx is missing"),
+    (lambda folder: (folder / "barcodes.tsv").unlink(), "barcodes.tsv is missing; it must lie beside matrix.mtx"),
+    (lambda folder: (folder / "features.tsv").unlink(), "features.tsv is missing; it must lie beside matrix.mtx"),
+    (lambda folder: (folder / "matrix.mtx").write_text(""), "matrix.mtx is damaged or incomplete"),
+    (lambda folder: (folder / "matrix.mtx").write_text("<html>404</html>"), "matrix.mtx is damaged or incomplete"),
+    (lambda folder: (folder / "matrix.mtx").write_text(mtx_text(a_matrix()[0])[:-20]),
+     "matrix.mtx is damaged or incomplete"),
+    (lambda folder: (folder / "barcodes.tsv").write_text(""), "barcodes.tsv is damaged or incomplete"),
+    (lambda folder: (folder / "features.tsv").write_bytes(b"\xff\xfe\x00\x01"), "features.tsv is damaged"),
+    (lambda folder: (folder / "barcodes.tsv").write_text("AAC-1\nCGA-1\n"),
+     "matrix.mtx: 5 x 7 entries, but features.tsv has 5 genes and barcodes.tsv 2 barcodes"),
+    (lambda folder: (folder / "features.tsv").write_text("ENSG1\tA\tGene Expression\n"), "features.tsv has 1 genes"),
+], ids=["no matrix", "no barcodes", "no features", "empty matrix", "a web page", "cut matrix", "empty barcodes",
+        "binary features", "fewer barcodes", "fewer features"])
+def test_a_broken_trio_is_an_error_that_names_the_file(tmp_path, damage, says):
+    path = write_mtx(tmp_path, *a_matrix())
+    damage(tmp_path)
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        sources.read_counts(path)
+    assert str(tmp_path) in str(error.value)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def cut_last_bytes(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def not_zipped(path):
+    path.write_text("<html>404</html>")
+
+
+@pytest.mark.parametrize("damage", [cut, cut_last_bytes, flip_a_byte, not_zipped])
+@pytest.mark.parametrize("which", ["matrix.mtx.gz", "barcodes.tsv.gz", "features.tsv.gz"])
+def test_a_broken_gzip_is_an_error_that_names_the_file(tmp_path, damage, which):
+    path = write_mtx(tmp_path, *a_matrix(), suffix=".gz")
+    damage(tmp_path / which)
+    with pytest.raises(InputError, match=re.escape(str(path.parent))):
+        sources.read_counts(path)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_damage_inside_a_gzip_is_an_input_error(tmp_path, seed):
+    path = write_mtx(tmp_path, *a_matrix(), suffix=".gz")
+    content = bytearray(path.read_bytes())
+    random = np.random.default_rng(seed)
+    for _ in range(3):
+        content[random.integers(10, len(content) - 8)] ^= int(random.integers(1, 256))
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(f"{path} is damaged")):
+        sources.read_counts(path)
+
+
+@pytest.mark.parametrize("damage", [cut, not_zipped, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_a_broken_h5_is_an_error_that_names_the_file(tmp_path, damage):
+    path = write_h5(tmp_path / "151507_filtered_feature_bc_matrix.h5", *a_matrix())
+    damage(path)
+    with pytest.raises(InputError, match=re.escape(str(path)) + " is (damaged|missing)"):
+        sources.read_counts(path)
+
+
+def test_an_hdf5_file_that_is_no_matrix_is_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "patches.h5"
+    with h5py.File(path, "w") as file:
+        file["img"] = np.zeros((2, 4, 4, 3), np.uint8)
+    with pytest.raises(InputError, match=re.escape(f"{path} is HDF5, but not a 10x")):
+        sources.read_counts(path)
+
+
+@pytest.mark.parametrize(("values", "says"), [
+    ([[1.5, 2.0]], "not counts"), ([[-1, 2]], "not counts"), ([[np.nan, 1.0]], "values are empty"),
+    ([[np.inf, 1.0]], "not counts"), ([[3e9, 1.0]], "not counts")], ids=["fraction", "negative", "nan", "inf", "huge"])
+@pytest.mark.parametrize("kind", ["mtx", "st"])
+def test_values_that_are_no_counts_are_an_error(tmp_path, values, says, kind):
+    if kind == "mtx":
+        path = write_mtx(tmp_path, np.array(values), ["AAC-1"], ["E1", "E2"], ["A", "B"])
+    else:
+        path = write_st(tmp_path / "MOB1.tsv", values, ["1x1"], ["E1", "E2"])
+    with pytest.raises(InputError, match=says) as error:
+        sources.read_counts(path)
+    assert str(path) in str(error.value)
+
+
+def test_whole_numbers_written_as_decimals_are_counts(tmp_path):
+    counts, *names = a_matrix()
+    assert_holds(sources.read_counts(write_mtx(tmp_path, counts.astype(float), *names)), counts, *names)
+
+
+@pytest.mark.filterwarnings("error:.*names are not unique")  # the error says it; a warning beside it would only hide it
+@pytest.mark.parametrize("write", [lambda folder, *a: write_mtx(folder, *a), lambda folder, *a: write_h5(
+    folder / "a.h5", *a), lambda folder, c, b, i, s: write_st(folder / "a.tsv", c, b, i)], ids=["mtx", "h5", "st"])
+@pytest.mark.parametrize("twice", ["barcode", "gene id"])
+def test_a_name_that_occurs_twice_is_an_error(tmp_path, write, twice):
+    counts, barcodes, ids, symbols = a_matrix()
+    names = barcodes if twice == "barcode" else ids
+    names[4] = names[2]
+    with pytest.raises(InputError, match=f"{twice} {names[2]} occurs more than once"):
+        sources.read_counts(write(tmp_path, counts, barcodes, ids, symbols))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:len(text) - 3], lambda text: text.replace("\t1", "\tone", 1), lambda text: "", lambda text: "\n",
+    lambda text: "<html>404</html>\n", lambda text: text.split("\n")[0] + "\n",
+], ids=["cut in its last row", "a word", "empty", "blank", "a web page", "header only"])
+def test_a_broken_st_table_is_an_error_that_names_the_file(tmp_path, damage):
+    counts, _, ids, _ = a_matrix()
+    path = write_st(tmp_path / "MOB1.tsv", counts + 1, [f"{x}x1" for x in range(7)], ids)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        sources.read_counts(path)
+
+
+def test_a_file_of_an_unknown_kind_is_an_error_that_lists_the_known(tmp_path):
+    with pytest.raises(InputError, match=r"counts\.csv: not a count matrix of a known kind .*mtx.*h5.*tsv"):
+        sources.read_counts(tmp_path / "counts.csv")
+
+
+# ------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize(("name", "header"), [
+    ("tissue_positions_list.csv", False), ("tissue_positions_list.txt", False), ("tissue_positions.csv", True),
+    ("tissue_positions_list.csv", True), ("tissue_positions_list.csv.gz", False), ("tissue_positions.csv.gz", True)])
+@pytest.mark.parametrize("pixels", [int, float])
+def test_space_ranger_positions_are_told_by_their_content(tmp_path, name, header, pixels):
+    table = POSITIONS.copy()
+    pixel_columns = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
+    table[pixel_columns] = table[pixel_columns].astype(pixels) + (0.25 if pixels is float else 0)
+    spots = sources.read_positions(write_positions(tmp_path / name, table, header))
+    assert spots.index.tolist() == table["barcode"].tolist()
+    assert spots["in_tissue"].tolist() == [False, True, True]
+    assert spots["in_tissue"].dtype == bool
+    assert spots["array_row"].tolist() == [0, 1, 2]
+    assert spots["array_col"].tolist() == [4, 7, 10]
+    assert spots["x"].tolist() == table["pxl_col_in_fullres"].tolist()  # x is the image column
+    assert spots["y"].tolist() == table["pxl_row_in_fullres"].tolist()
+
+
+def test_headed_positions_are_read_by_the_header_not_by_the_place(tmp_path):
+    swapped = POSITIONS[["barcode", "in_tissue", "array_col", "array_row", "pxl_col_in_fullres", "pxl_row_in_fullres"]]
+    one, two = (sources.read_positions(write_positions(tmp_path / name, table, header=True))
+                for name, table in (("one.csv", POSITIONS), ("two.csv", swapped)))
+    pd.testing.assert_frame_equal(one, two)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_alignment_table_is_read(tmp_path, suffix):
+    path = write_text(tmp_path / f"alignment_table_MOB1.tsv{suffix}",
+                      "x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\tselected\n"
+                      "1\t3\t0.99\t2.97\t268.25\t119.05\t0\n2\t4\t2\t4\t300.5\t140\t1\n")
+    spots = sources.read_positions(path)
+    assert spots.index.tolist() == ["1x3", "2x4"]
+    assert spots["in_tissue"].tolist() == [False, True]
+    assert spots[["x", "y"]].to_numpy().tolist() == [[268.25, 119.05], [300.5, 140]]
+    # The array's column runs along the image's x, as in Visium.
+    assert spots[["array_row", "array_col"]].to_numpy().tolist() == [[3, 1], [4, 2]]
+
+
+@pytest.mark.parametrize(("damage", "says"), [
+    (lambda text: "", "is empty"),
+    (lambda text: "<html>404</html>\n", "not a position file"),
+    (lambda text: text.replace(",", ";"), "not a position file"),
+    (lambda text: text[:-12], "the line of TTG-1 is incomplete"),
+    (lambda text: text.replace("320", "far"), "damaged or incomplete"),
+    (lambda text: text.replace("320", ""), "the line of TTG-1 is incomplete"),
+    (lambda text: text.replace("320", "inf"), "the line of TTG-1 is incomplete"),
+    (lambda text: text.replace(",7,", ",,"), "the line of CGA-1 is incomplete"),
+    (lambda text: text.replace("CGA", "TTG"), "barcode TTG-1 occurs more than once"),
+    (lambda text: "barcode,in_tissue,row,col,y,x\n" + text, "array_row"),
+], ids=["empty", "a web page", "semicolons", "cut", "a word", "a gap", "infinite", "no column", "barcode twice",
+        "foreign header"])
+def test_a_broken_position_file_is_an_error_that_names_the_file(tmp_path, damage, says):
+    path = write_positions(tmp_path / "tissue_positions_list.csv")
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=says) as error:
+        sources.read_positions(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_position_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"positions\.csv is missing"):
+        sources.read_positions(tmp_path / "positions.csv")
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("gene_id\tgene_name\nE1\tA\nE1\tB\n", "E1 occurs more than once"), ("id\tname\nE1\tA\n", "gene_id"), ("", ""),
+], ids=["gene twice", "foreign header", "empty"])
+def test_a_broken_symbol_table_is_an_error_that_names_the_file(tmp_path, text, says):
+    path = write_text(tmp_path / "genes.tsv", text)
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}.*{says}"):
+        sources.read_symbols(path)
+
+
+def test_symbols_are_read_by_id_and_none_is_taken_for_a_missing_value(tmp_path):
+    path = write_text(tmp_path / "genes.tsv.gz", "gene_id\tgene_type\tgene_name\nE1\tTEC\tNA\nE2\tTEC\tPenk\n")
+    assert sources.read_symbols(path).to_dict() == {"E1": "NA", "E2": "Penk"}
+
+
+# ------------------------------------------------------------------------- join
+
+
+def spots_for(barcodes, in_tissue):
+    """Positions whose every number tells the barcode's place in `barcodes`."""
+    i = np.arange(len(barcodes))
+    return pd.DataFrame({"in_tissue": in_tissue, "array_row": i, "array_col": 2 * i, "x": 10.0 * i, "y": 100.0 * i},
+                        index=pd.Index(barcodes, name="barcode"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_unfiltered_matrix_in_another_order_is_joined_by_barcode(tmp_path, seed):
+    counts, barcodes, ids, symbols = a_matrix()
+    path = write_mtx(tmp_path, counts, barcodes, ids, symbols)
+    order = np.random.default_rng(seed).permutation(7)
+    in_tissue = np.array([True, False, True, True, False, True, False])
+    spots = spots_for([barcodes[i] for i in order], in_tissue)
+
+    adata = sources.join(sources.read_counts(path), spots, path, path)
+
+    expected = [barcode for barcode in barcodes if spots.loc[barcode, "in_tissue"]]  # the matrix's order
+    assert adata.obs_names.tolist() == expected
+    for row, barcode in enumerate(expected):
+        np.testing.assert_array_equal(adata.X[row].toarray()[0], counts[barcodes.index(barcode)])
+        assert adata.obs["array_row"].iloc[row] == spots.loc[barcode, "array_row"]
+        assert adata.obs["array_col"].iloc[row] == spots.loc[barcode, "array_col"]
+        assert adata.obsm["spatial"][row].tolist() == spots.loc[barcode, ["x", "y"]].tolist()
+    assert adata.obs["in_tissue"].all()
+
+
+def test_a_filtered_matrix_joins_positions_of_the_whole_array(tmp_path):
+    counts, barcodes, ids, symbols = a_matrix()
+    path = write_mtx(tmp_path, counts[:4], barcodes[:4], ids, symbols)
+    adata = sources.join(sources.read_counts(path), spots_for(barcodes, np.arange(7) < 4), path, path)
+    assert adata.obs_names.tolist() == barcodes[:4]
+
+
+def test_a_spot_under_tissue_that_the_matrix_lacks_is_an_error_naming_both_files(tmp_path):
+    counts, barcodes, ids, symbols = a_matrix()
+    path = write_mtx(tmp_path, counts[:4], barcodes[:4], ids, symbols)
+    with pytest.raises(InputError, match=r"matrix\.mtx lacks 3 of the 7 spots that positions\.csv has under tissue"):
+        sources.join(sources.read_counts(path), spots_for(barcodes, True), "matrix.mtx", "positions.csv")
+
+
+def test_no_spot_under_tissue_is_an_error_naming_the_position_file():
+    counts = anndata.AnnData(scipy.sparse.csr_matrix((1, 1), dtype=np.int32), obs=pd.DataFrame(index=["A"]))
+    with pytest.raises(InputError, match=r"positions\.csv: no spot is under tissue"):
+        sources.join(counts, spots_for(["A"], False), "matrix.mtx", "positions.csv")
+
+
+# ------------------------------------------------------------------------- lattice
+
+
+def lattice(rows, cols, step, staggered, turn=0.0, stretch=1.0, keep=None):
+    """Spots of a staggered lattice (neighbours 2 columns apart in a row) or a square one (1 column apart), turned."""
+    row, col = (grid.ravel() for grid in np.mgrid[:rows, :cols])
+    if staggered:
+        inside = (row + col) % 2 == 0
+        row, col = row[inside], col[inside]
+        xy = np.column_stack([col * step / 2, row * step * np.sqrt(3) / 2 * stretch])
+    else:
+        xy = np.column_stack([col * step, row * step * stretch])
+    cosine, sine = np.cos(turn), np.sin(turn)
+    xy = xy @ np.array([[cosine, sine], [-sine, cosine]]) + [300, 500]
+    spots = pd.DataFrame({"array_row": row, "array_col": col, "x": xy[:, 0], "y": xy[:, 1]})
+    return spots if keep is None else spots.sample(frac=keep, random_state=0)
+
+
+@pytest.mark.parametrize("turn", [0, 0.01, np.pi / 6, np.pi / 2, -2])
+@pytest.mark.parametrize("staggered", [True, False])
+@pytest.mark.parametrize("keep", [None, 0.3])
+def test_the_pitch_is_the_distance_of_neighbours_however_the_lattice_lies(turn, staggered, keep):
+    spots = lattice(12, 20, 137.5, staggered, turn, keep=keep)
+    if not staggered:
+        assert ((spots["array_row"] + spots["array_col"]) % 2 == 1).any()
+    assert sources.lattice_pitch(spots) == pytest.approx(137.5)
+
+
+def test_the_pitch_of_a_staggered_square_lattice_is_its_diagonal():
+    """Spatial Transcriptomics arrays: one column and one row are 141 um, so neighbours lie 200 um apart diagonally."""
+    spots = lattice(12, 20, 1.0, staggered=False)
+    spots = spots[(spots["array_row"] + spots["array_col"]) % 2 == 0].assign(
+        x=lambda table: 22.45 * table["array_col"], y=lambda table: 22.45 * table["array_row"])
+    assert sources.lattice_pitch(spots) == pytest.approx(22.45 * np.sqrt(2))
+
+
+def test_a_slightly_stretched_lattice_gives_the_mean_over_its_directions():
+    spots = lattice(12, 20, 100.0, staggered=True, stretch=1.01)
+    diagonal = np.hypot(50, 100 * np.sqrt(3) / 2 * 1.01)
+    assert sources.lattice_pitch(spots) == pytest.approx((100 + diagonal) / 2)
+
+
+def test_jitter_of_single_spots_averages_out():
+    spots = lattice(40, 60, 100.0, staggered=True)
+    spots[["x", "y"]] += np.random.default_rng(0).normal(0, 2, (len(spots), 2))
+    assert sources.lattice_pitch(spots) == pytest.approx(100, rel=1e-3)
+
+
+@pytest.mark.parametrize("spots", [lattice(1, 9, 100.0, False), lattice(2, 1, 100.0, False)], ids=["row", "two"])
+def test_spots_on_a_line_have_no_pitch(spots):
+    with pytest.raises(ValueError, match="line"):
+        sources.lattice_pitch(spots)
+
+
+# ------------------------------------------------------------------------- find
+
+
+def touch(folder, *names):
+    for name in names:
+        write_text(folder / name, "")
+
+
+def test_the_first_pattern_with_a_match_wins(tmp_path):
+    touch(tmp_path, "b/list_1.csv", "a/other.csv")
+    assert sources.find(tmp_path, ["a/none.csv", "b/list_*.csv", "a/*.csv"], "positions") == tmp_path / "b/list_1.csv"
+    assert sources.find(tmp_path, ["a/*.csv", "b/*.csv"], "positions") == tmp_path / "a/other.csv"
+
+
+def test_a_zipped_file_is_found_and_a_plain_one_preferred(tmp_path):
+    touch(tmp_path, "deep/down/x.csv.gz")
+    assert sources.find(tmp_path, ["**/x.csv"], "positions").name == "x.csv.gz"
+    touch(tmp_path, "deep/down/x.csv")
+    assert sources.find(tmp_path, ["**/x.csv"], "positions").name == "x.csv"
+
+
+def test_two_files_for_one_pattern_are_an_error_that_lists_them(tmp_path):
+    touch(tmp_path, "old/x.csv", "x.csv")
+    with pytest.raises(InputError, match=r"2 files match \*\*/x\.csv for the positions: old/x\.csv, x\.csv\. Keep one"):
+        sources.find(tmp_path, ["**/x.csv"], "positions")
+
+
+def test_a_wrong_folder_and_a_missing_file_are_told_apart(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere is not a folder.*--raw"):
+        sources.find(tmp_path / "nowhere", ["x.csv"], "positions")
+    with pytest.raises(InputError, match=r"no positions of section A found; looked for x\.csv and y\.csv.*--raw"):
+        sources.find(tmp_path, ["x.csv", "y.csv"], "positions of section A")
+
+
+def test_a_folder_that_matches_is_not_taken_for_the_file(tmp_path):
+    touch(tmp_path, "x.csv/inside", "below/x.csv/y.csv")
+    with pytest.raises(InputError, match="no positions found"):
+        sources.find(tmp_path, ["**/x.csv"], "positions")
+
+
+# ------------------------------------------------------------------------- real data
+
+GSE240429 = {1: (2378, 0.3036), 2: (2349, 0.3036), 3: (2277, 0.3036), 4: (2265, 0.3035)}
+DLPFC = {"151507": (4226, 0.7251), "151508": (4384, 0.7251), "151509": (4789, 0.7186), "151510": (4634, 0.7212),
+         "151669": (3661, 0.7251), "151670": (3498, 0.7252), "151671": (4110, 0.7250), "151672": (4015, 0.7251),
+         "151673": (3639, 0.7249), "151674": (3673, 0.7251), "151675": (3592, 0.7249), "151676": (3460, 0.7250)}
+
+
+def assert_spots_and_mpp(spots, n_in_tissue, mpp):
+    assert spots["in_tissue"].sum() == n_in_tissue
+    assert round(100 / sources.lattice_pitch(spots), 4) == mpp
+    assert 100 / sources.lattice_pitch(spots[spots["in_tissue"]]) == pytest.approx(mpp, abs=1e-4)
+
+
+@pytest.mark.parametrize("slot", GSE240429)
+def test_liver_positions_give_the_published_spots_and_scale(real_data, slot):
+    data = real_data("GSE240429") / "data"
+    spots = sources.read_positions(data / f"tissue_pos_matrices/tissue_positions_list_{slot}.csv")
+    assert_spots_and_mpp(spots, *GSE240429[slot])
+    barcodes = (data / f"filtered_expression_matrices/{slot}/barcodes.tsv").read_text().split()
+    assert set(barcodes) == set(spots.index[spots["in_tissue"]])
+
+
+@pytest.mark.parametrize("section", DLPFC)
+def test_cortex_positions_give_the_published_spots_and_scale(real_data, section):
+    path = real_data("spatialLIBD") / section / "tissue_positions_list.txt"
+    assert_spots_and_mpp(sources.read_positions(path), *DLPFC[section])
+
+
+@pytest.mark.parametrize(("folder", "name", "n_spots", "mpp"), [
+    ("Vis5A_2dpi", "Vis5A", 982, 0.3599), ("Vis7B_5dpi", "Vis7B", 1011, 0.3591)])
+def test_muscle_sections_are_read_as_scanpy_reads_them(real_data, folder, name, n_spots, mpp):
+    scanpy = importlib.import_module("scanpy")
+    data = real_data("scMuscle") / "visium_data" / folder
+    path, positions_path = data / f"{name}_filtered_feature_bc_matrix.h5", data / "spatial/tissue_positions_list.csv"
+    spots = sources.read_positions(positions_path)
+    adata = sources.join(sources.read_counts(path), spots, path, positions_path)
+    assert adata.shape == (n_spots, 33217)
+    assert round(100 / sources.lattice_pitch(spots), 4) == mpp
+
+    with pytest.warns(UserWarning, match="not unique"):
+        theirs = scanpy.read_10x_h5(path)
+    theirs = theirs[adata.obs_names]
+    np.testing.assert_array_equal(adata.var_names, theirs.var["gene_ids"])
+    np.testing.assert_array_equal(adata.X.sum(axis=1), theirs.X.sum(axis=1))
+    np.testing.assert_array_equal(adata.X.sum(axis=0), theirs.X.sum(axis=0))
+
+
+@pytest.mark.parametrize(("section", "n_spots"), [("MOB1", 379), ("MOB2", 407), ("MOB3", 438), ("MOB4", 403)])
+def test_olfactory_bulb_sections_join_with_all_their_spots(real_data, section, n_spots):
+    raw = real_data("MOB")
+    counts = sources.find(raw, [f"**/{section}.tsv"], "counts")
+    positions = sources.find(raw, [f"**/alignment_table_{section}.tsv"], "positions")
+    adata = sources.join(sources.read_counts(counts), sources.read_positions(positions), counts, positions)
+    assert adata.shape == (n_spots, 1000)
+    assert adata.X.sum() == pd.read_csv(counts, sep="\t", index_col=0).loc[adata.obs_names].to_numpy().sum()
+    symbols = sources.read_symbols(sources.find(raw, ["**/mouse_genes.tsv"], "symbols"))
+    assert adata.var_names.isin(symbols.index).all()
+    x, y = adata.obsm["spatial"].T
+    assert np.corrcoef(adata.obs["array_col"], x)[0, 1] > 0.999  # the array is neither turned nor mirrored
+    assert np.corrcoef(adata.obs["array_row"], y)[0, 1] > 0.999
+    # By hand: 21.62 px a column and 24.05 px a row, so neighbours on the diagonal are 32.34 px apart.
+    assert sources.lattice_pitch(adata.obs.assign(x=x, y=y)) == pytest.approx(32.34, abs=0.05)
