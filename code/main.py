@@ -145,6 +145,7 @@ def main(argv=None):
             save_progress(run.last, network, optimiser, losses, facts)
         best = max(best, score)
     say(f"best: validation Pearson {best:.4f}; model in {run.checkpoint}")
+    del model  # before the group of processes that it averages over
     parallel.finish()
 
 

@@ -63,6 +63,7 @@ for parameter, gradient in zip(network.parameters(), alone, strict=True):
 everyone = parallel.gather_interleaved(torch.arange(5.)[rank::world, None])
 assert torch.equal(everyone, torch.arange(5.)[:, None])
 print(f"rank {rank} of {world}: equal")
+del model
 parallel.finish()
 """
 
