@@ -110,7 +110,7 @@ def test_batches_come_in_the_order_they_were_asked_for_however_many(batches, dev
 
 def test_patches_say_how_large_they_are_and_where_they_lie():
     gigabyte = np.broadcast_to(np.uint8(0), (4000, 250, 250, 4))
-    assert Patches([gigabyte, gigabyte], CPU).where() == "2.0 GB of patches read from disk as needed"
+    assert Patches([gigabyte, gigabyte], CPU).where() == "2,000 MB of patches read from disk as needed"
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 8, 11])

@@ -52,8 +52,8 @@ class Patches:
 
     def where(self):
         """In words: where the patches are kept."""
-        size = sum(patches.nbytes for patches in self.sections) / 1e9
-        return f"{size:.1f} GB of patches {'on the GPU' if self.resident is not None else 'read from disk as needed'}"
+        size = sum(patches.nbytes for patches in self.sections) / 1e6
+        return f"{size:,.0f} MB of patches {'on the GPU' if self.resident is not None else 'read from disk as needed'}"
 
     def read(self, index):
         """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3) on the CPU, in pinned memory where a GPU waits for it."""

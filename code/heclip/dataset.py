@@ -184,7 +184,7 @@ class Run:
         return self.top / "ebd" / self.dataset / self.name / f"{section}.npz"
 
     def figure(self, kind):
-        return self.top / "figure" / kind / f"{self.dataset}_{self.name}.pdf"
+        return self.top / "figure" / kind / f"{self.dataset}_{self.name}.{'png' if kind == 'MAP' else 'pdf'}"
 
 
 def first_line(error):
