@@ -44,6 +44,22 @@ def hashes(folder):
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def test_sections_by_several_workers_or_one_by_one_give_the_same_files():
+    folders = {}
+    for name, calls in (("alone", [[]]), ("workers", [["--workers", "2"]]),
+                        ("jobs", [["--section", "DEMO_D1"], ["--section", "DEMO_A1", "DEMO_B1", "DEMO_C1"], []])):
+        for flags in calls:
+            dataset = prepare(f"by_{name}", *flags)
+        folders[name] = hashes(dataset.raw / "processed")
+    assert len(folders["alone"]) == 11
+    assert folders["alone"] == folders["workers"] == folders["jobs"]
+
+
+def test_a_part_of_the_sections_chooses_no_panel():
+    dataset = prepare("partly", "--section", "DEMO_B1")
+    assert set(hashes(dataset.raw / "processed")) == {"DEMO_B1.h5ad", "DEMO_B1.patches.npy"}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A small dataset, and a run that has been trained and inferred on it: (dataset, folder of its results)."""

@@ -2,19 +2,24 @@
 
 import argparse
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pandas as pd
 
-from . import expression, figures, slide, sources
+from . import command, expression, figures, slide, sources
 from .dataset import ROOT, Processed, run_name
 from .files import InputError, atomic_path, sha256, write_h5ad
+
+FORMAT = 1  # of the processed files; a higher one makes every section anew
 
 
 def preprocess(dataset, argv=None):
     """Prepare a dataset for main.py: patches, log-normalised expression, gene panels, and a picture to check by eye.
 
-    A section whose raw files and settings are unchanged is not read again.
+    A section whose raw files and settings are unchanged is not read again. Sections are independent of each other: in
+    other processes, or in other jobs on other machines, they give the same files.
     """
     flags = argparse.ArgumentParser(description=f"Prepare {dataset.name} for training.",
                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -22,10 +27,22 @@ def preprocess(dataset, argv=None):
                        help="folder of the raw files, as downloaded or as an old checkout arranged them")
     flags.add_argument("--protocol", choices=["strict", "paper"], default="strict",
                        help="paper: prepare also the published panel and batch correction, over all sections")
+    flags.add_argument("--workers", type=command.positive, default=1, help="sections to work on at the same time")
+    flags.add_argument("--section", nargs="+", choices=[section.name for section in dataset.sections], metavar="NAME",
+                       help="prepare these sections only, and no panel: for jobs that share the work. When all are "
+                            "done, run once more without this flag")
     args = flags.parse_args(argv)
 
     processed = Processed(dataset.name)
-    rows = [preprocess_section(dataset, section, args.raw, processed) for section in dataset.sections]
+    chosen = [section for section in dataset.sections if args.section is None or section.name in args.section]
+    jobs = [(dataset, section, args.raw, processed) for section in chosen]
+    if min(args.workers, len(jobs)) == 1:
+        rows = [preprocess_section(*job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as workers:
+            rows = list(workers.map(preprocess_section, *zip(*jobs, strict=True)))
+    if args.section:
+        return
     table = pd.DataFrame(rows).set_index("section")
     with atomic_path(processed.sections_path) as path:
         table.to_csv(path)
@@ -51,7 +68,7 @@ def preprocess_section(dataset, section, raw, processed):
     if dataset.symbols:
         files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
     read = sources.files_of(files["counts"]) + [path for what, path in files.items() if what != "counts"]
-    made_from = {"files": {path.name: sha256(path) for path in read},
+    made_from = {"format": FORMAT, "files": {path.name: sha256(path) for path in read},
                  "n_spots": section.n_spots, "patch_px": dataset.patch_px, "min_counts": dataset.min_counts,
                  "pitch_um": dataset.pitch_um, "spot_um": dataset.spot_um}
     picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.png"
