@@ -74,10 +74,24 @@ def share(x):
 
 def hit_at_k(prediction, truth, k):
     """Fraction of spots whose k highest predicted and k highest true genes share at least one. Ties: lower index."""
-    def top(x):
-        return np.argsort(-np.asarray(x), axis=1, kind="stable")[:, :k]
+    return hits(prediction, truth, [k])[0]
 
-    return float((top(prediction)[:, :, None] == top(truth)[:, None, :]).any(axis=(1, 2)).mean())
+
+def hits(prediction, truth, ks):
+    """`hit_at_k` for several k, ranked once."""
+    p, t = (highest_genes(x, max(ks)) for x in (prediction, truth))  # (n, k) each
+    same = p[:, :, None] == t[:, None, :]
+    return [float(same[:, :k, :k].any(axis=(1, 2)).mean()) for k in ks]
+
+
+def highest_genes(x, k):
+    """The k highest genes of each spot, highest first: (n, G) -> (n, min(k, G)). Far cheaper than sorting all."""
+    x = np.array(x, dtype=np.result_type(x, np.float32))  # a copy, to strike out what has been found
+    best = np.empty((len(x), min(k, x.shape[1])), np.int64)
+    for place in range(best.shape[1]):
+        best[:, place] = x.argmax(axis=1)
+        x[np.arange(len(x)), best[:, place]] = -np.inf
+    return best
 
 
 def rank_genes(expression):
@@ -97,8 +111,7 @@ def score(prediction, truth, ranked_on):
     for label, order in zip(("HEG", "HVG"), rank_genes(ranked_on), strict=True):
         for n in TOP_GENES:
             summary[f"{label}-{n}"] = mean_defined(per_gene["Pearson"][order[:n]])
-    for k in HIT_AT:
-        summary[f"Hit@{k}"] = hit_at_k(prediction, truth, k)
+    summary |= {f"Hit@{k}": rate for k, rate in zip(HIT_AT, hits(prediction, truth, HIT_AT), strict=True)}
     summary["undefined genes"] = int(np.isnan(per_gene["Pearson"]).sum())
     return per_gene, summary
 

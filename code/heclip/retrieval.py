@@ -14,15 +14,26 @@ def retrieve(query, reference, k=50, block=4096):
     """
     query = F.normalize(torch.as_tensor(query), dim=1)
     reference = torch.as_tensor(reference)
-    k = min(k, len(reference))
+    k, width = min(k, len(reference)), min(block, len(reference))
+    held = query.new_empty(min(block, len(query)) * width)  # made once: fresh memory costs more than the sums in it
     indices, similarities = [], []
     for rows in query.split(block):
-        best = torch.empty(len(rows), 0, device=rows.device)
-        index = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+        best = query.new_full((len(rows), k), -torch.inf)
+        index = torch.zeros(len(rows), k, dtype=torch.int64, device=query.device)
         for start in range(0, len(reference), block):
-            similarity = rows @ F.normalize(reference[start:start + block], dim=1).T  # (rows, block)
-            found = torch.arange(start, start + similarity.shape[1], device=rows.device).expand(len(rows), -1)
-            best, keep = torch.cat([best, similarity], dim=1).topk(min(k, best.shape[1] + similarity.shape[1]), dim=1)
+            columns = F.normalize(reference[start:start + block], dim=1)
+            similarity = held[:len(rows) * len(columns)].view(len(rows), len(columns))
+            torch.mm(rows, columns.T, out=similarity)
+            # Only what beats a row's k-th best so far is sorted: after the first blocks, next to nothing.
+            row, column = (similarity > best[:, -1:]).nonzero(as_tuple=True)  # by rows
+            if not len(row):
+                continue
+            count = row.bincount(minlength=len(rows))
+            place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+            better = best.new_full((len(rows), int(count.max())), -torch.inf)
+            found = index.new_zeros(better.shape)
+            better[row, place], found[row, place] = similarity[row, column], start + column
+            best, keep = torch.cat([best, better], dim=1).topk(k, dim=1)
             index = torch.cat([index, found], dim=1).gather(1, keep)
         indices.append(index)
         similarities.append(best)

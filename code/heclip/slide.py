@@ -5,6 +5,7 @@ not grow with the slide: a band is about 512 rows, unless one strip or tile of t
 """
 
 import gzip
+import math
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +49,15 @@ class Slide:
         if band.shape[2] == 4 and (band[..., 3] != 255).any():
             raise InputError(f"{self.path}: its alpha channel is not 255 everywhere, so its colours are not what one "
                              "sees. Flatten it on white first")
-        return band[..., :3]
+        rgb = np.empty((*band.shape[:2], 3), np.uint8)  # packed: every later copy of a view would be slower
+        for channel in range(3):
+            rgb[..., channel] = band[..., channel]
+        return rgb
 
 
 @contextmanager
 def open_slide(path, scratch):
-    """Open a TIFF (memory-mapped when uncompressed), JPEG or PNG; a gzipped one is unpacked to the file `scratch`.
+    """Open a TIFF, JPEG or PNG; a gzipped one is unpacked to the file `scratch`.
 
     Yields a Slide. Raises InputError if the file is no image that can be read, or is not 8 bits a channel.
     """
@@ -109,20 +113,33 @@ def tiff(path, file):
                 kind = "RGB"  # tifffile decodes it so
             if kind not in ("RGB", "MINISBLACK") or page.samplesperpixel not in (1, 3, 4):
                 raise ValueError(f"it has {page.samplesperpixel} channels of kind {kind}, expected RGB or grey")
-            if page.is_memmappable:
-                pixels, chunk = tifffile.memmap(file, mode="r"), 1
+            if series.axes not in ("YX", "YXS", "SYX"):
+                raise ValueError(f"its axes are {series.axes}, expected one plane of colour pixels")
+            if page.is_memmappable and series.axes != "SYX":
+                pixels, chunk = RowsOfFile(file, page.dataoffsets[0], page.shape), 1
             else:
                 import zarr  # tifffile decodes single strips and tiles through it
 
                 pixels = zarr.open(series.aszarr(level=0), mode="r")
                 chunk = pixels.chunks[series.axes.index("Y")]
-            if series.axes not in ("YX", "YXS", "SYX"):
-                raise ValueError(f"its axes are {series.axes}, expected one plane of colour pixels")
             if series.axes == "SYX":  # one plane a colour
                 pixels = ChannelsLast(pixels)
         except Exception as error:
             raise unreadable(path, error) from None
         yield Slide(path, pixels, chunk)
+
+
+class RowsOfFile:
+    """Row slices of uncompressed pixels, read as they are asked for: a memory map would keep what it has read."""
+
+    def __init__(self, file, offset, shape):
+        self.file, self.offset, self.shape = file, offset, shape
+
+    def __getitem__(self, rows):
+        top, bottom, _ = rows.indices(self.shape[0])
+        band = np.fromfile(self.file, np.uint8, (bottom - top) * math.prod(self.shape[1:]),
+                           offset=self.offset + top * math.prod(self.shape[1:]))
+        return band.reshape(bottom - top, *self.shape[1:])
 
 
 class ChannelsLast:

@@ -5,6 +5,7 @@ Formats: 10x Genomics "Feature-Barcode Matrices" (MEX and HDF5) and "Spatial Out
 """
 
 import gzip
+import io
 import warnings
 import zlib
 from glob import glob
@@ -99,8 +100,8 @@ def read_mtx(path):
     features = read_table(features_path)
     try:
         opener = gzip.open if path.name.endswith(".gz") else open
-        with opener(path, "rb") as file:
-            matrix = scipy.io.mmread(file)  # genes x spots
+        with opener(path, "rb") as file, io.BufferedReader(file, 1 << 20) as buffered:
+            matrix = scipy.io.mmread(buffered)  # genes x spots; it asks for little at a time
     except DAMAGED as error:
         raise damaged(path, error) from None
     if matrix.shape != (len(features), len(barcodes)):

@@ -1,0 +1,158 @@
+"""The plain way of each stage, that `benchmark.py` compares with: right, straightforward, and not made to be fast.
+
+Whole slides and dense matrices in memory, one patch at a time with table look-ups, float32, loops over genes.
+"""
+
+import os
+import random
+
+import numpy as np
+import pandas as pd
+import scanpy
+import scipy.io
+import tifffile
+import torch
+from PIL import Image
+from scipy.stats import entropy, pearsonr
+from torchvision.transforms import functional
+
+from heclip import metrics, sources
+from heclip.dataset import Processed
+
+
+def preprocess(size, dataset, folder):
+    """All sections in memory at once: whole slides, dense expression; the same products."""
+    raw, sections = dataset.raw, {}
+    for section in dataset.sections:
+        counts = scipy.io.mmread(raw / f"{section.name}.matrix.mtx.gz").toarray().T.astype(np.float32)
+        total = counts.sum(axis=1, keepdims=True)
+        expression = np.log1p(counts / total * np.median(total))
+        genes = scanpy.pp.highly_variable_genes(scanpy.AnnData(expression), inplace=False)
+        barcodes = list(pd.read_csv(raw / f"{section.name}.barcodes.tsv", header=None)[0])
+        sections[section.name] = {"barcodes": barcodes, "expression": expression, "genes": genes,
+                                  **open_slide(raw, section)}
+    for name, section in sections.items():
+        np.save(folder / f"{name}.expression.npy", section["expression"])
+        patches = [crop(section, barcode, size) for barcode in section["barcodes"]]
+        np.save(folder / f"{name}.patches.npy", np.stack(patches))
+    return sections
+
+
+def open_slide(raw, section):
+    """The whole image, and the table of positions."""
+    positions = pd.read_csv(raw / section.positions[0], names=sources.POSITION_COLUMNS).set_index("barcode")
+    return {"image": tifffile.imread(raw / section.image[0]), "positions": positions}
+
+
+def crop(section, barcode, size):
+    """One patch, looked up by its barcode: uint8 (size, size, 3)."""
+    spot = section["positions"].loc[barcode]
+    top, left = spot["pxl_row_in_fullres"] - size // 2, spot["pxl_col_in_fullres"] - size // 2
+    return section["image"][top:top + size, left:left + size, :3]
+
+
+class Patches(torch.utils.data.Dataset):
+    """One patch and its expression at a time, cropped from whole slides in memory."""
+
+    def __init__(self, size, dataset, config, training):
+        self.size, self.config, self.training = size, config, training
+        self.sections, self.items, processed = {}, [], Processed("benchmark")
+        for section in dataset.sections:
+            self.sections[section.name] = open_slide(dataset.raw, section)
+            adata = processed.read(section.name)
+            expression = processed.expression(section.name, "heg", processed.panel("heg"), adata)
+            self.items += [(section.name, *item) for item in zip(adata.obs_names, expression, strict=True)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        section, barcode, expression = self.items[i]
+        image = Image.fromarray(np.ascontiguousarray(crop(self.sections[section], barcode, self.size)))
+        if self.training:
+            if random.random() < 0.5:
+                image = functional.hflip(image)
+            if random.random() < 0.5:
+                image = functional.vflip(image)
+            image = functional.rotate(image, random.choice([0, 90, 180, -90]))
+        pixels = functional.normalize(functional.to_tensor(image), self.config.mean, self.config.std)
+        return {"image": pixels, "expression": torch.tensor(expression)}
+
+    def loader(self, n, batch_size, device):
+        """Batches of the first n items; with worker processes where a GPU leaves the cores free."""
+        gpu = device.type == "cuda"
+        return torch.utils.data.DataLoader(
+            torch.utils.data.Subset(self, range(n)), batch_size, shuffle=self.training, drop_last=self.training,
+            num_workers=min(8, os.cpu_count()) if gpu else 0, pin_memory=gpu)
+
+
+def retrieve(query, reference, k):
+    """All cosine similarities at once, sorted in full."""
+    query, reference = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, reference))
+    cosine = query @ reference.T
+    index = np.argsort(-cosine, axis=1)[:, :k]
+    return index, np.take_along_axis(cosine, index, axis=1)
+
+
+def score(prediction, truth):
+    """Gene by gene, with scaled tables and results that grow by a column a gene, as published. DataFrames (n, G)."""
+    scaled = {
+        "Pearson": (pearson, prediction, truth),
+        "SSIM": (ssim, by_gene(scale_to_maximum, prediction), by_gene(scale_to_maximum, truth)),
+        "RMSE": (rmse, by_gene(z_score, prediction), by_gene(z_score, truth)),
+        "JS": (js, by_gene(share, prediction), by_gene(share, truth)),
+    }
+    scores = {}
+    for name, (one, p, t) in scaled.items():
+        table = pd.DataFrame()
+        for gene in truth.columns:
+            table = pd.concat([table, pd.DataFrame(one(p[gene], t[gene]), index=[name], columns=[gene])], axis=1)
+        scores[name] = table.loc[name].to_numpy()
+    for name, rank in (("HEG", truth.sum()), ("HVG", truth.var())):
+        for n in metrics.TOP_GENES:
+            scores[f"{name}-{n}"] = scores["Pearson"][rank.sort_values(ascending=False).index[:n]].mean()
+    for k in metrics.HIT_AT:
+        hits = [bool(set(p.nlargest(k).index) & set(t.nlargest(k).index))
+                for (_, p), (_, t) in zip(prediction.iterrows(), truth.iterrows(), strict=True)]
+        scores[f"Hit@{k}"] = np.mean(hits)
+    return scores
+
+
+def by_gene(scale, table):
+    """Scale each gene, and put the genes together again one by one."""
+    result = pd.DataFrame()
+    for gene in table.columns:
+        result = pd.concat([result, scale(table[gene])], axis=1)
+    return result
+
+
+def scale_to_maximum(x):
+    return x / x.max()
+
+
+def z_score(x):
+    return (x - x.mean()) / x.std(ddof=0)
+
+
+def share(x):
+    return x / x.sum() + 1e-10
+
+
+def pearson(p, t):
+    return pearsonr(p, t)[0]
+
+
+def ssim(p, t):
+    c1, c2 = 0.01**2, 0.03**2
+    covariance = ((p - p.mean()) * (t - t.mean())).mean()
+    luminance = (2 * p.mean() * t.mean() + c1) / (p.mean() ** 2 + t.mean() ** 2 + c1)
+    contrast = (2 * p.std(ddof=0) * t.std(ddof=0) + c2) / (p.var(ddof=0) + t.var(ddof=0) + c2)
+    return luminance * contrast * (covariance + c2 / 2) / (p.std(ddof=0) * t.std(ddof=0) + c2 / 2)
+
+
+def rmse(p, t):
+    return np.sqrt(((p - t) ** 2).mean())
+
+
+def js(p, t):
+    return 0.5 * entropy(t, (p + t) / 2) + 0.5 * entropy(p, (p + t) / 2)
