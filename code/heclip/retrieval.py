@@ -24,15 +24,18 @@ def retrieve(query, reference, k=50, block=4096):
             columns = F.normalize(reference[start:start + block], dim=1)
             similarity = held[:len(rows) * len(columns)].view(len(rows), len(columns))
             torch.mm(rows, columns.T, out=similarity)
-            # Only what beats a row's k-th best so far is sorted: after the first blocks, next to nothing.
-            row, column = (similarity > best[:, -1:]).nonzero(as_tuple=True)  # by rows
-            if not len(row):
-                continue
-            count = row.bincount(minlength=len(rows))
-            place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-            better = best.new_full((len(rows), int(count.max())), -torch.inf)
-            found = index.new_zeros(better.shape)
-            better[row, place], found[row, place] = similarity[row, column], start + column
+            if start == 0:
+                better, found = similarity.topk(min(k, len(columns)), dim=1)
+            else:
+                # Only what beats a row's k-th best so far is sorted: after the first blocks, next to nothing.
+                row, column = (similarity > best[:, -1:]).nonzero(as_tuple=True)  # by rows
+                if not len(row):
+                    continue
+                count = row.bincount(minlength=len(rows))
+                place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+                better = best.new_full((len(rows), int(count.max())), -torch.inf)
+                found = index.new_zeros(better.shape)
+                better[row, place], found[row, place] = similarity[row, column], start + column
             best, keep = torch.cat([best, better], dim=1).topk(k, dim=1)
             index = torch.cat([index, found], dim=1).gather(1, keep)
         indices.append(index)
