@@ -73,12 +73,15 @@ def share(x):
 
 
 def hit_at_k(prediction, truth, k):
-    """Fraction of spots whose k highest predicted and k highest true genes share at least one. Ties: lower index."""
+    """Fraction of spots whose k highest predicted and k highest true genes share at least one. Ties: lower index.
+
+    prediction, truth: (n, G). Returns 0 to 1.
+    """
     return hits(prediction, truth, [k])[0]
 
 
 def hits(prediction, truth, ks):
-    """`hit_at_k` for several k, ranked once."""
+    """`hit_at_k` for several k, ranked once: (n, G), (n, G) -> a list of fractions, one for each of `ks`."""
     p, t = (highest_genes(x, max(ks)) for x in (prediction, truth))  # (n, k) each
     same = p[:, :, None] == t[:, None, :]
     return [float(same[:, :k, :k].any(axis=(1, 2)).mean()) for k in ks]

@@ -75,7 +75,8 @@ def preprocess_section(dataset, section, raw, processed):
 
     section_path, patches_path = processed.section_path(section.name), processed.patches_path(section.name)
     adata = processed.read(section.name) if section_path.exists() and patches_path.exists() else None
-    if adata is None or json.loads(adata.uns["made_from"]) != made_from:
+    anew = adata is None or json.loads(adata.uns["made_from"]) != made_from
+    if anew:
         print(f"{section.name}: reading {', '.join(path.name for path in files.values())}", flush=True)
         adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
@@ -92,8 +93,7 @@ def preprocess_section(dataset, section, raw, processed):
             write_h5ad(adata, h5ad)
             for panel_type in ("hvg", "heg"):
                 drop_corrected(processed, section.name, panel_type)  # it was made from what is replaced now
-        figures.spots_over_slide(adata, section.name, picture)
-    elif not picture.exists():
+    if anew or not picture.exists():
         figures.spots_over_slide(adata, section.name, picture)
     return {"section": section.name, "donor": section.donor, "role": section.role, "n_spots": adata.n_obs,
             "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"], "patch_px": dataset.patch_px,

@@ -1,7 +1,8 @@
 """Slides: open one without decoding it, and crop the patches in one pass over its rows. The only pixel code.
 
 A slide is read in bands of whole rows, from top to bottom, so every strip or tile is decoded once and memory does
-not grow with the slide: a band is about 512 rows, unless one strip or tile of the file is taller.
+not grow with the slide: a band is about 512 rows, unless one strip or tile of the file is taller. JPEG and PNG files
+are decoded whole.
 """
 
 import gzip
