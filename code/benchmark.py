@@ -210,8 +210,8 @@ def preprocessing_ours(args, folder):
                                   for section in made.sections])
     pd.DataFrame(rows).set_index("section").to_csv(processed.sections_path)
     with open(processed.panel_path("heg"), "w") as file:  # of one section: a union's size cannot be chosen
-        file.write("# {}\n")
-        genes = {"S0": preprocess.read_genes(processed, "S0")}
+        file.write(f'# {json.dumps({"sections": processed.roles()[0], "markers": []})}\n')
+        genes = {"S0": processed.genes("S0")}
         choose_panel("heg", genes, args.genes).assign(marker=False).to_csv(file)
     _, ceiling = measure(lambda: [read_through(path) for path in made.raw.glob("*.*")])
     return cost | {"items": args.sections * args.spots, "unit": "spots", "ceiling": ceiling["seconds"]}
@@ -263,7 +263,8 @@ def alone(step, steps):
 def training_ours(args, folder):
     """main.py itself; its speed is what it prints, over the epochs after the first."""
     argv = f"--dataset benchmark --no-pretrained --encoder {args.encoder} --batch_size {args.batch_size}".split()
-    argv += ["--max_epochs", str(args.epochs), "--device", args.device, "--save_path", str(folder / "run")]
+    argv += ["--recipe", "published", "--max_epochs", str(args.epochs)]  # what the plain way does too
+    argv += ["--device", args.device, "--save_path", str(folder / "run")]
     argv += [] if args.compile is None else ["--compile" if args.compile else "--no-compile"]
     with redirect_stdout(io.StringIO()) as said:
         _, cost = measure(lambda: train.main(argv))

@@ -20,16 +20,25 @@ from heclip.batches import Patches, encode_patches
 from heclip.checkpoint import check_fits, load_checkpoint
 from heclip.dataset import Processed, Run, first_line, run_name
 from heclip.files import InputError, atomic_path, write_h5ad
-from heclip.metrics import mean_defined, score
+from heclip.metrics import mean_defined, score, score_further
 from heclip.model import HECLIP, load_encoder_weights
-from heclip.retrieval import average_expression, random_spots, retrieve
+from heclip.recipes import PREDICTION
+from heclip.retrieval import average_expression, random_spots, retrieve, smooth, spread, weigh
 
 
 def parse(argv=None):
     flags = command.parser("Predict the query section's expression from its image, and score it.")
-    flags.add_argument("--retrieval", choices=["gene", "image"], default="gene",
+    flags.add_argument("--recipe", choices=list(PREDICTION),
+                       help="sets the flags from --retrieval to --smoothing; default: the one the model was trained by")
+    flags.add_argument("--retrieval", choices=["gene", "image"],
                        help="which embeddings of the reference the prediction is retrieved by; both are scored")
-    flags.add_argument("--k", type=command.positive, default=50, help="reference spots averaged for each query spot")
+    flags.add_argument("--k", type=command.positive, help="reference spots averaged for each query spot")
+    flags.add_argument("--weight_temperature", type=float, metavar="T",
+                       help="the K spots weigh as the softmax of their cosine similarity / T; 0: all the same")
+    flags.add_argument("--views", type=int, choices=[1, 2, 4, 8],
+                       help="symmetries of each patch whose embeddings are averaged")
+    flags.add_argument("--smoothing", type=float, metavar="PITCHES",
+                       help="width of a Gaussian over neighbouring spots of the prediction; 0: none")
     part = flags.add_mutually_exclusive_group()
     part.add_argument("--ebd_only", action="store_true", help="write the embeddings and stop")
     part.add_argument("--from_ebd", action="store_true", help="start from saved embeddings; needs no model and no GPU")
@@ -41,82 +50,105 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    name = run_name(args.type, args.protocol)
-    run = Run(args.dataset, name, args.save_path)
+    run = Run(args.dataset, run_name(args.type, args.protocol), args.save_path)
     processed = Processed(args.dataset)
-    table, panel = processed.sections(), processed.panel(name)
-    reference, query = (list(table.index[table["role"] == role]) for role in ("reference", "query"))
+    reference, query = processed.roles(args.query)
     if len(query) != 1:
-        raise InputError(f"{processed.sections_path} has {len(query)} query sections; exactly one is predicted")
+        raise InputError(f"{processed.sections_path} has {len(query)} query sections; exactly one is predicted at a "
+                         "time. Name it with --query")
     query = query[0]
+    model = None
+    if not args.from_ebd:
+        model, facts = load_checkpoint(run.checkpoint)
+        if query in facts["reference"]:
+            raise InputError(f"{run.checkpoint} was trained on {query}, which is now the query section. Train again")
+        reference = [section for section in reference if section in facts["reference"]]
+        args.recipe = args.recipe or facts["arguments"]["recipe"]
+    panel_name = run_name(args.panel or args.type, args.protocol)
+    panel = processed.panel_for(panel_name, reference)
+    if model:
+        check_fits(run.checkpoint, facts, args.dataset, run.name, panel)
+    for flag, value in PREDICTION[args.recipe or "heclip"].items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
 
     barcodes, truth = {}, {}  # section -> (n_spots,), (n_spots, G)
     for section in [*reference, query]:
         adata = processed.read(section)  # all genes; the last one, the query's, is kept
         barcodes[section] = np.array(adata.obs_names, dtype=str)
-        truth[section] = processed.expression(section, name, panel, adata)
+        truth[section] = processed.expression(section, panel_name, panel, adata)
+    reference_expression = np.concatenate([truth[section] for section in reference])  # (N, G)
 
     # 1. Embed every section: image (n_spots, D) and gene (n_spots, D).
     if args.from_ebd:
         embeddings = {section: read_embeddings(run, section, barcodes[section], panel) for section in truth}
     else:
         device = command.pick_device(args.device)
-        model, facts = load_checkpoint(run.checkpoint)
-        check_fits(run.checkpoint, facts, args.dataset, name, panel)
         if args.compile:
             model.image_encoder.compile()
-        if query in facts["reference"]:
-            raise InputError(f"{run.checkpoint} was trained on {query}, which is now the query section. Train again")
-        embeddings = embed(model, processed, truth, device, args.batch_size)
+        embeddings = embed(model, processed, truth, device, args)
         for section, arrays in embeddings.items():
+            if "validation_pearson_per_gene" in facts:
+                arrays["expected_pearson"] = np.array(facts["validation_pearson_per_gene"])
             with atomic_path(run.embeddings(section)) as path, open(path, "wb") as file:
                 np.savez(file, **arrays, barcode=barcodes[section], panel=np.array(panel.index, dtype=str))
         print(f"embeddings in {run.embeddings(query).parent}")
         if args.ebd_only:
             return
+
+    # 2. Retrieve the K nearest reference spots, average their expression, smooth over neighbouring spots.
     models = {"": embeddings}
     if args.untrained:
-        device = command.pick_device(args.device)
-        models["untrained "] = embed(untrained_model(run), processed, truth, device, args.batch_size)
-
-    # 2. Retrieve and average; 3. score, beside what chance gives.
-    reference_expression = np.concatenate([truth[section] for section in reference])  # (N, G)
-    index = {}  # retrieval -> (n_query, K) rows of the reference
+        models["untrained "] = embed(untrained_model(run), processed, truth, command.pick_device(args.device), args)
+    neighbours = {}  # label -> (index, weights, similarity), (n_query, K) each
     for label, of_model in models.items():
         for kind in ("gene", "image"):
             nearest = np.concatenate([of_model[section][kind] for section in reference])  # (N, D)
-            index[f"{label}{kind}"], similarity = retrieve(of_model[query]["image"], nearest, args.k)
-            if label + kind == args.retrieval:
-                best_similarity = similarity[:, 0]
-    index["random"] = random_spots(len(truth[query]), len(reference_expression), args.k, args.seed)
+            index, similarity = retrieve(of_model[query]["image"], nearest, args.k)
+            neighbours[label + kind] = index, weigh(similarity, args.weight_temperature), similarity
+    index = random_spots(len(truth[query]), len(reference_expression), args.k, args.seed)
+    neighbours["random"] = index, weigh(np.zeros(index.shape), 0), np.zeros(index.shape)
+    xy = adata.obsm["spatial"]
+    predictions = {label: smooth(average_expression(index, reference_expression, weights), xy, args.smoothing)
+                   for label, (index, weights, _) in neighbours.items()}  # (n_query, G) each
+    index, weights, similarity = neighbours[args.retrieval]
+    if model and model.config.kind == "regression":  # the image's embedding is its predicted expression
+        predictions = {"regression": smooth(embeddings[query]["image"], xy, args.smoothing),
+                       "random": predictions["random"]}
+        args.retrieval = "regression"
+    prediction = predictions[args.retrieval]
 
+    # 3. Score, beside what chance gives.
     ranked_on = truth[query] if args.protocol == "paper" else reference_expression
     summaries = {}
-    for label, rows in index.items():
-        predicted = average_expression(rows, reference_expression)  # (n_query, G)
+    for label, predicted in predictions.items():
         per_gene, summaries[label] = score(predicted, truth[query], ranked_on)
+        summaries[label] |= score_further(predicted, truth[query], adata.obs, xy)
         if panel["marker"].any():
             summaries[label]["markers"] = mean_defined(per_gene["Pearson"][panel["marker"].to_numpy()])
         if label == args.retrieval:
-            prediction, genes = predicted, pd.DataFrame(per_gene, index=panel.index)
+            genes = pd.DataFrame(per_gene, index=panel.index)
+    if "expected_pearson" in embeddings[query]:
+        genes["expected_pearson"] = embeddings[query]["expected_pearson"]
 
-    write_results(run, args, adata, query, panel, prediction, truth[query], best_similarity, genes, summaries,
-                  reference)
+    certainty = {"similarity": (weights * similarity).sum(axis=1),
+                 "spread": spread(index, reference_expression, weights)}
+    write_results(run, args, adata, query, panel, prediction, truth[query], certainty, genes, summaries, reference)
     print_scores(args, query, reference, panel, summaries)
     if args.figures:
         draw(run, args, panel, genes, embeddings, query, reference, prediction, truth[query])
 
 
-def embed(model, processed, truth, device, batch_size):
+def embed(model, processed, truth, device, args):
     """Image and gene embeddings of every section: section -> {"image", "gene"}, float32 (n_spots, D), rows as in truth.
 
-    No augmentation: the same input gives the same embedding.
+    Nothing is random: the same input gives the same embedding.
     """
     model.to(device, memory_format=torch.channels_last)
     embeddings = {}
     for section, expression in tqdm(truth.items(), desc="embed", unit="section", leave=False, disable=None):
         image = encode_patches(model, Patches([processed.patches(section)], device), torch.arange(len(expression)),
-                               batch_size)
+                               args.batch_size, args.views)
         with torch.inference_mode():
             gene = model.encode_expression(torch.from_numpy(expression).to(device))
         embeddings[section] = {"image": image.cpu().numpy(), "gene": gene.cpu().numpy()}
@@ -150,10 +182,17 @@ def read_embeddings(run, section, barcodes, panel):
     return arrays
 
 
-def write_results(run, args, section, query, panel, prediction, truth, similarity, genes, summaries, reference):
-    """The prediction as AnnData, the scores per gene by name, and the row of the results table."""
-    adata = anndata.AnnData(prediction, obs=section.obs.assign(similarity=similarity),
-                            var=panel[["symbol", "marker"]].assign(pearson=genes["Pearson"]),
+def write_results(run, args, section, query, panel, prediction, truth, certainty, genes, summaries, reference):
+    """The prediction as AnnData, the scores per gene by name, and the row of the results table.
+
+    certainty: columns of obs. similarity: of the patch to the spots retrieved for it, their weighted mean cosine;
+    spread: how much those spots differ, see `retrieval.spread`. var["expected_pearson"] is what the gene reached on
+    the validation spots, before the query was looked at.
+    """
+    adata = anndata.AnnData(prediction, obs=section.obs.assign(**certainty),
+                            var=panel[["symbol", "marker"]].join(
+                                genes[genes.columns.intersection(["Pearson", "expected_pearson"])]
+                                .rename(columns={"Pearson": "pearson"})),
                             obsm={"spatial": section.obsm["spatial"]}, layers={"true": truth},
                             uns={"spatial": section.uns["spatial"]})
     with atomic_path(run.prediction) as path:
@@ -161,7 +200,8 @@ def write_results(run, args, section, query, panel, prediction, truth, similarit
     with atomic_path(run.genes) as path:
         panel[["symbol", "marker"]].join(genes).sort_values("Pearson", ascending=False, kind="stable").to_csv(path)
     scores = {"dataset": args.dataset, "type": args.type, "protocol": args.protocol, "query": query,
-              "reference": reference, "n_spots": len(truth), "n_genes": len(panel), "k": args.k,
+              "reference": reference, "n_spots": len(truth), "n_genes": len(panel),
+              **{flag: getattr(args, flag) for flag in ("recipe", *PREDICTION["heclip"])},
               "genes_ranked_on": "query truth" if args.protocol == "paper" else "reference",
               "scores": {label: {key: None if np.isnan(value) else value for key, value in summary.items()}
                          for label, summary in summaries.items()}}

@@ -11,29 +11,50 @@ import argparse
 import math
 import time
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from heclip import command, parallel
-from heclip.batches import Spots, augment, encode_patches, random_turns, split_spots, to_pixels
+from heclip.batches import (
+    Spots,
+    augment,
+    encode_patches,
+    random_stains,
+    random_turns,
+    split_spots,
+    stain,
+    to_pixels,
+)
 from heclip.checkpoint import load_progress, save_checkpoint, save_progress
 from heclip.dataset import Processed, Run, run_name
 from heclip.files import InputError, atomic_path
-from heclip.loss import image_centric_loss
+from heclip.loss import LOSSES
 from heclip.metrics import mean_defined, pearson_per_gene
 from heclip.model import HECLIP, configure, load_encoder_weights
+from heclip.recipes import TRAINING
 from heclip.retrieval import average_expression, retrieve
 
 
 def parse(argv=None):
     flags = command.parser("Train HECLIP on the reference sections of a dataset.")
+    flags.add_argument("--recipe", choices=list(TRAINING), default="heclip",
+                       help="sets the flags from --loss to --wd; see heclip/recipes.py")
+    flags.add_argument("--loss", choices=list(LOSSES))
+    flags.add_argument("--temperature", type=float, help="of the loss")
+    flags.add_argument("--pixels", choices=["standardised", "raw_bgr"],
+                       help="standardised as the encoder was pretrained, or 0 to 255 and blue first, as published")
+    flags.add_argument("--colour_jitter", type=float, metavar="X",
+                       help="random stain: each colour channel times 1 ± X, plus up to ± 80 X")
+    flags.add_argument("--schedule", choices=["cosine", "constant"],
+                       help="cosine: the learning rate warms up over a twentieth of the steps and falls to zero")
+    flags.add_argument("--lr", type=float, help="learning rate of AdamW for the heads")
+    flags.add_argument("--encoder_lr", type=float, help="and for the encoder; default: the same")
+    flags.add_argument("--wd", type=float, help="weight decay of AdamW")
     flags.add_argument("--max_epochs", type=command.positive, default=15)
-    flags.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    flags.add_argument("--wd", type=float, default=1e-3, help="weight decay of AdamW")
-    flags.add_argument("--temperature", type=float, default=1.0, help="of the loss; 4 did as well on some data")
     flags.add_argument("--val_fraction", type=float, default=0.2,
-                       help="share of the reference spots kept for validation")
+                       help="share of the reference spots kept for validation; 0: train on all, keep the last epoch")
     flags.add_argument("--encoder", default="resnet50", help="any timm model; tf_efficientnet_lite0 suits a CPU")
     flags.add_argument("--encoder_weights", metavar="FILE", help="local state dict of timm or torchvision")
     flags.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True,
@@ -42,8 +63,12 @@ def parse(argv=None):
                        help="side of the encoder's input; default: the patch's own")
     flags.add_argument("--resume", action="store_true",
                        help="go on after the last finished epoch of the same run; start it if there is none")
+    recipe = flags.parse_known_args(argv)[0].recipe
+    flags.set_defaults(**TRAINING[recipe])
     args = flags.parse_args(argv)
-    if not 0 < args.val_fraction < 1:
+    if args.encoder_lr is None:
+        args.encoder_lr = args.lr
+    if not 0 <= args.val_fraction < 1:
         raise InputError(f"--val_fraction {args.val_fraction}: must lie between 0 and 1")
     if args.temperature <= 0:
         raise InputError(f"--temperature {args.temperature}: must be above 0")
@@ -60,20 +85,22 @@ def main(argv=None):
 
     # Data: the reference sections' spots, split so that no validation patch shows training tissue.
     processed = Processed(args.dataset)
-    table = processed.sections()
-    panel = processed.panel(name)
-    reference = list(table.index[table["role"] == "reference"])
-    patch_px = int(table["patch_px"].iloc[0])
-    spots = Spots(processed, reference, name, panel, device)
+    reference, _ = processed.roles(args.query)
+    panel_name = run_name(args.panel or args.type, args.protocol)
+    panel = processed.panel_for(panel_name, reference)
+    patch_px = int(processed.sections()["patch_px"].iloc[0])
+    spots = Spots(processed, reference, panel_name, panel, device)
     training, validation = split_spots(spots, patch_px, args.val_fraction, args.protocol, args.seed)
-    if len(training) < 2 or len(validation) < 2:
+    if len(training) < 2 or (args.val_fraction and len(validation) < 2):
         raise InputError(f"{len(training)} training and {len(validation)} validation spots are too few: with patches "
                          f"of {patch_px} px, --val_fraction {args.val_fraction} leaves none apart. Choose another")
     say(f"{args.dataset} {name}: {len(panel)} genes; {', '.join(reference)}: {len(training)} training and "
         f"{len(validation)} validation spots, {len(spots) - len(training) - len(validation)} between them left out")
 
     # Model. `network` holds the weights; `model` is the same, with gradients averaged over the ranks if there are some.
-    config = configure(args.encoder, args.type, len(panel), patch_px, args.image_size, temperature=args.temperature)
+    config = configure(args.encoder, "regression" if args.loss == "regression" else args.type, len(panel), patch_px,
+                       args.image_size, args.pixels, temperature=args.temperature,
+                       learned_temperature=args.loss == "clip")
     network = HECLIP(config)
     if args.pretrained:
         load_encoder_weights(network.image_encoder, args.encoder, args.encoder_weights)
@@ -82,20 +109,26 @@ def main(argv=None):
         network.image_encoder.compile()
         say("the encoder is compiled during the first epoch")
     model = parallel.distribute(network, device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.wd, fused=device.type == "cuda")
+    encoder = list(network.image_encoder.parameters())
+    heads = [parameter for key, parameter in network.named_parameters() if not key.startswith("image_encoder.")]
+    optimiser = torch.optim.AdamW([{"params": encoder, "lr": args.encoder_lr}, {"params": heads, "lr": args.lr}],
+                                  weight_decay=args.wd, fused=device.type == "cuda")
+    loss_of = LOSSES[args.loss]
     batch_size = min(args.batch_size, len(training) // world * world)
     if batch_size % world:
         raise InputError(f"--batch_size {batch_size} cannot be shared equally by {world} processes. Choose a multiple")
     say(f"{config.encoder} at {config.image_size} px on {world} x {device.type}; {spots.patches.where()}")
 
-    facts = {"dataset": args.dataset, "name": name, "panel": list(panel.index), "reference": reference,
+    facts = {"dataset": args.dataset, "name": name, "panel_name": panel_name, "panel": list(panel.index),
+             "reference": reference,
              "arguments": {key: value for key, value in vars(args).items() if key != "resume"}}
     losses, first = [], 1
     if args.resume and run.last.exists():
         losses = load_progress(run.last, network, optimiser, facts)
         first = len(losses) + 1
         say(f"resuming after epoch {len(losses)}")
-    best = max((row["validation_pearson"] for row in losses), default=-math.inf)
+    best = max((row.get("validation_pearson", -math.inf) for row in losses), default=-math.inf)
+    steps = len(training) // batch_size * args.max_epochs
 
     # Training. Every epoch sees each training spot once, in another order and another of its 8 symmetries. All that is
     # random in it comes from the seed and the epoch's number, so that a resumed run repeats what it would have been.
@@ -111,12 +144,16 @@ def main(argv=None):
         bar = tqdm(zip(mine, spots.patches.stream(mine), strict=True), f"epoch {epoch}/{args.max_epochs}", len(mine),
                    leave=False, disable=None if rank == 0 else True)
         for step, (index, patches) in enumerate(bar, 1):
-            turns = random_turns(batch_size, generator)[rank::world]
-            pixels = to_pixels(augment(patches, turns), config)  # (B / R, 3, S, S)
+            factor = learning_rate_factor((epoch - 1) * len(mine) + step, steps, args.schedule)
+            for group, rate in zip(optimiser.param_groups, (args.encoder_lr, args.lr), strict=True):
+                group["lr"] = rate * factor
+            patches = augment(patches, random_turns(batch_size, generator)[rank::world])
+            if args.colour_jitter:
+                patches = stain(patches, random_stains(batch_size, generator)[rank::world], args.colour_jitter)
+            pixels = to_pixels(patches, config)  # (B / R, 3, S, S)
             with command.autocast(device):
                 image, expression = model(pixels, spots.expression[index.to(device)])  # (B / R, D) each
-            loss = image_centric_loss(parallel.gather(image.float()), parallel.gather(expression.float()),
-                                      config.temperature)
+            loss = loss_of(parallel.gather(image.float()), parallel.gather(expression.float()), network.temperature)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -129,47 +166,65 @@ def main(argv=None):
             raise InputError(f"the training loss of epoch {epoch} is {train_loss}: training has diverged. Lower --lr "
                              f"(now {args.lr}) or raise --temperature (now {args.temperature})")
         speed = len(batches) * batch_size / (time.perf_counter() - start)
-        validation_loss, score = validate(network, spots, training, validation, batch_size, rank, world)
-        if math.isnan(score):
-            raise InputError(f"no gene varies over the {len(validation)} validation spots, so no epoch can be called "
-                             "the best. Raise --val_fraction")
-        losses.append({"epoch": epoch, "train_loss": train_loss, "validation_loss": validation_loss,
-                       "validation_pearson": score})
-        say(f"epoch {epoch}: training loss {train_loss:.3f}, validation loss {validation_loss:.3f}, validation Pearson "
-            f"{score:.4f}{' *' if score > best else '  '}  {speed:,.0f} patches/s", flush=True)
+        losses.append({"epoch": epoch, "train_loss": train_loss})
+        told = f"epoch {epoch}: training loss {train_loss:.3f}"
+        keep = True
+        if len(validation):
+            validation_loss, per_gene = validate(network, spots, training, validation, batch_size, loss_of, rank, world)
+            score = mean_defined(per_gene)
+            if math.isnan(score):
+                raise InputError(f"no gene varies over the {len(validation)} validation spots, so no epoch can be "
+                                 "called the best. Raise --val_fraction")
+            facts |= {"validation_pearson": score, "validation_pearson_per_gene": per_gene.tolist()}
+            losses[-1] |= {"validation_loss": validation_loss, "validation_pearson": score}
+            keep, best = score > best, max(score, best)
+            told += f", validation loss {validation_loss:.3f}, validation Pearson {score:.4f}{' *' if keep else '  '}"
+        say(f"{told}  {speed:,.0f} patches/s", flush=True)
         if rank == 0:
-            if score > best:
-                save_checkpoint(run.checkpoint, network, epoch=epoch, validation_pearson=score, **facts)
+            if keep:
+                save_checkpoint(run.checkpoint, network, epoch=epoch, **facts)
             with atomic_path(run.losses) as path:
                 pd.DataFrame(losses).to_csv(path, index=False)
             save_progress(run.last, network, optimiser, losses, facts)
-        best = max(best, score)
-    say(f"best: validation Pearson {best:.4f}; model in {run.checkpoint}")
+    say(f"best: validation Pearson {best:.4f}; model in {run.checkpoint}" if len(validation) else
+        f"model of the last epoch in {run.checkpoint}")
     del model  # before the group of processes that it averages over
     parallel.finish()
 
 
-@torch.inference_mode()
-def validate(model, spots, training, validation, batch_size, rank, world):
-    """Loss over the validation spots, and the score that selects the epoch: the task itself, on held-out tissue.
+def learning_rate_factor(step, steps, schedule):
+    """What the learning rate of step 1 ... `steps` is multiplied by: 1, or a short rise and half a cosine down to 0."""
+    if schedule == "constant":
+        return 1.0
+    warm = max(1, steps // 20)
+    return min(step / warm, (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm))) / 2)
 
-    Each validation patch retrieves its 50 nearest training spots by their expression embeddings; the score is the
-    mean Pearson correlation per gene within each section, averaged over sections and genes.
+
+@torch.inference_mode()
+def validate(model, spots, training, validation, batch_size, loss_of, rank, world):
+    """The loss over the validation spots, and what selects the epoch: the task itself, on held-out tissue.
+
+    Each validation patch retrieves its 50 nearest training spots by their expression embeddings (a regression model
+    predicts by itself). Returns (loss, Pearson correlation per gene (G,), mean over the sections where it is defined).
     """
     model.eval()
     device = spots.expression.device
     images = parallel.gather_interleaved(
         encode_patches(model, spots.patches, validation[rank::world], max(1, batch_size // world)))  # (n, D)
     truth, reference = spots.expression[validation.to(device)], spots.expression[training.to(device)]
-    loss = sum(image_centric_loss(image, expression, model.config.temperature).item() * len(image)
+    loss = sum(loss_of(image, expression, model.temperature).item() * len(image)
                for image, expression in zip(images.split(batch_size), model.encode_expression(truth).split(batch_size),
                                             strict=True))
-    nearest, _ = retrieve(images, model.encode_expression(reference))
-    prediction, truth = average_expression(nearest, reference.cpu().numpy()), truth.cpu().numpy()  # (n, G)
-    section = spots.section[validation.numpy()]
-    scores = [mean_defined(pearson_per_gene(prediction[section == s], truth[section == s]))
-              for s in dict.fromkeys(section)]
-    return loss / len(validation), sum(scores) / len(scores)
+    if model.config.kind == "regression":
+        prediction = images.cpu().numpy()  # (n, G)
+    else:
+        nearest, _ = retrieve(images, model.encode_expression(reference))
+        prediction = average_expression(nearest, reference.cpu().numpy())  # (n, G)
+    truth, section = truth.cpu().numpy(), spots.section[validation.numpy()]
+    scores = np.stack([pearson_per_gene(prediction[section == s], truth[section == s]) for s in dict.fromkeys(section)])
+    defined = np.isfinite(scores)
+    per_gene = np.where(defined, scores, 0).sum(axis=0) / np.where(defined.any(axis=0), defined.sum(axis=0), np.nan)
+    return loss / len(validation), per_gene
 
 
 if __name__ == "__main__":

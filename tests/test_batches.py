@@ -298,7 +298,7 @@ def test_the_same_generator_seed_gives_the_same_augmentation_and_the_next_batch_
 
 
 def pixel_config(image_size, mean=(0.5, 0.4, 0.2), std=(0.1, 0.2, 0.5)):
-    return SimpleNamespace(image_size=image_size, mean=mean, std=std)
+    return SimpleNamespace(bgr=False, image_size=image_size, mean=mean, std=std)
 
 
 def test_pixels_are_standardised_channel_by_channel_in_rgb_order():

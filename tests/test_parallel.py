@@ -128,7 +128,7 @@ main.main(sys.argv[1:])
 
 
 def test_resume_starts_when_there_is_nothing_yet_and_adds_epochs(small, tmp_path, capsys):
-    flags = [*small, "--save_path", str(tmp_path), "--resume"]
+    flags = [*small, "--save_path", str(tmp_path), "--schedule", "constant", "--resume"]
     main.main([*flags, "--max_epochs", "1"])
     main.main([*flags, "--max_epochs", "2"])
     assert "resuming after epoch 1" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_every_output_is_where_the_readme_says(trained):
     }
 
 
-def test_the_prediction_is_the_mean_of_the_nearest_reference_spots(trained):
+def test_the_prediction_is_the_weighted_mean_of_the_nearest_reference_spots_smoothed(trained):
     dataset, results = trained
     run, processed = Run("small", "heg", results), Processed("small")
     panel = processed.panel("heg")
@@ -94,11 +94,21 @@ def test_the_prediction_is_the_mean_of_the_nearest_reference_spots(trained):
         gene / np.linalg.norm(gene, axis=1, keepdims=True)).T
     nearest = np.argsort(-similarity, axis=1)[:, :10]
     prediction = anndata.read_h5ad(run.prediction)
-    np.testing.assert_allclose(prediction.X, expression[nearest].mean(axis=1), atol=1e-5)
+    found = np.take_along_axis(similarity, nearest, axis=1)
+    weights = np.exp(found / 0.05) / np.exp(found / 0.05).sum(axis=1, keepdims=True)
+    average = np.einsum("nk,nkg->ng", weights, expression[nearest])
+    distance = np.linalg.norm(prediction.obsm["spatial"][:, None] - prediction.obsm["spatial"], axis=2)
+    pitch = np.median(np.sort(distance, axis=1)[:, 1])
+    near = np.where(distance <= 2.002 * pitch, np.exp(-(distance / (0.5 * pitch)) ** 2 / 2), 0)
+    np.testing.assert_allclose(prediction.X, near @ average / near.sum(axis=1, keepdims=True), atol=1e-4)
     np.testing.assert_array_equal(prediction.layers["true"], processed.expression("DEMO_C1", "heg", panel))
     assert list(prediction.var_names) == list(panel.index)
     assert list(prediction.obs_names) == list(processed.read("DEMO_C1").obs_names)
-    np.testing.assert_allclose(prediction.obs["similarity"], similarity.max(axis=1), atol=1e-5)
+    np.testing.assert_allclose(prediction.obs["similarity"], (weights * found).sum(axis=1), atol=1e-4)
+    variance = np.einsum("nk,nkg->ng", weights, (expression[nearest] - average[:, None]) ** 2)
+    np.testing.assert_allclose(prediction.obs["spread"], np.sqrt(variance).mean(axis=1), atol=1e-3)
+    expected = torch.load(run.checkpoint, weights_only=True)["validation_pearson_per_gene"]
+    np.testing.assert_allclose(prediction.var["expected_pearson"], expected)
 
 
 def test_scores_in_json_are_those_of_the_prediction_file(trained):

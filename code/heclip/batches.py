@@ -21,12 +21,12 @@ class Spots:
     expression: float32 (N, G) on the device.
     """
 
-    def __init__(self, processed, sections, name, panel, device):
+    def __init__(self, processed, sections, panel_name, panel, device):
         xy, expression = [], []
         for section in sections:  # one at a time: a section holds all genes, and only the panel is kept
             adata = processed.read(section)
             xy.append(np.rint(adata.obsm["spatial"]).astype(np.int64))
-            expression.append(processed.expression(section, name, panel, adata))
+            expression.append(processed.expression(section, panel_name, panel, adata))
         self.section = np.repeat(sections, [len(rows) for rows in xy])
         self.xy = np.concatenate(xy)
         self.expression = torch.from_numpy(np.concatenate(expression)).to(device)
@@ -124,9 +124,25 @@ def augment(patches, turns):
     return torch.where(swap, patches.transpose(1, 2), patches)
 
 
+def random_stains(n, generator):
+    """For each of n patches, a gain and an offset of every colour channel, -1 to 1: float (n, 2, 3) on the CPU."""
+    return 2 * torch.rand(n, 2, 3, generator=generator) - 1
+
+
+def stain(patches, stains, strength):
+    """Vary the stain: each colour channel times 1 ± strength, plus up to ± 80 strength. Float (B, P, P, 3), 0 to 255.
+
+    Scanner and stain differ from section to section; what is to be learned does not.
+    """
+    gain, offset = stains.to(patches.device, non_blocking=True).transpose(0, 1)[:, :, None, None]  # (B, 1, 1, 3) each
+    return (patches * (1 + strength * gain) + 80 * strength * offset).clamp(0, 255)
+
+
 def to_pixels(patches, config):
-    """uint8 RGB (B, P, P, 3) -> what the encoder was trained on: float32 (B, 3, S, S), standardised, channels last."""
+    """RGB (B, P, P, 3), 0 to 255 -> what the encoder was trained on: float32 (B, 3, S, S), channels last in memory."""
     pixels = patches.permute(0, 3, 1, 2).float()
+    if config.bgr:
+        pixels = pixels.flip(1)
     if pixels.shape[-1] != config.image_size:
         pixels = F.interpolate(pixels, size=config.image_size, mode="bilinear", antialias=True)
     mean, std = pixel_statistics(config.mean, config.std, pixels.device)
@@ -140,16 +156,22 @@ def pixel_statistics(mean, std, device):
 
 
 @torch.inference_mode()
-def encode_patches(model, patches, index, batch_size):
-    """Image embeddings of the patches in `index`: float32 (n, D) on their device. No augmentation: deterministic.
+def encode_patches(model, patches, index, batch_size, views=1):
+    """Image embeddings of the patches in `index`: float32 (n, D) on their device. Nothing is random.
 
+    views: how many of a patch's 8 symmetries are embedded and averaged; 1 is the patch as it is.
     The last batch is filled up, so that all have one shape and a compiled encoder is compiled once.
     """
     if not len(index):
         return torch.empty(0, model.width, device=patches.device)
     filled = torch.cat([index, index[:1].expand(-len(index) % batch_size)])
+    symmetries = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)[:views]  # (views, 3)
     embeddings = []
     for batch in patches.stream(filled.split(batch_size)):
-        with autocast(patches.device):
-            embeddings.append(model.encode_image(to_pixels(batch, model.config)).float())
+        embedding = 0
+        for turns in symmetries:
+            with autocast(patches.device):
+                pixels = to_pixels(augment(batch, turns.expand(len(batch), 3)), model.config)
+                embedding = embedding + model.encode_image(pixels).float() / views
+        embeddings.append(embedding)
     return torch.cat(embeddings)[:len(index)]

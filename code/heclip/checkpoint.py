@@ -9,7 +9,7 @@ from .dataset import first_line
 from .files import InputError, atomic_path
 from .model import HECLIP, ModelConfig
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(path, model, **facts):
@@ -64,13 +64,17 @@ def save_progress(path, model, optimiser, losses, facts):
 def load_progress(path, model, optimiser, facts):
     """Fill model and optimiser with the state after the last finished epoch; return the scores so far.
 
-    Raises InputError unless the run had the same data, panel and arguments; only the number of epochs may differ.
+    Raises InputError unless the run had the same data, panel and arguments; only the number of epochs may differ, and
+    that not under a schedule that ends with them.
     """
+    free = {"device", "compile", "save_path"}
+    if facts["arguments"].get("schedule") != "cosine":
+        free.add("max_epochs")
     try:
         saved = read(path)
         losses = saved["losses"]
         arguments = {key: (saved["arguments"].get(key), value) for key, value in facts["arguments"].items()
-                     if key not in ("max_epochs", "device", "compile", "save_path")}
+                     if key not in free}
         changed = [f"--{key} was {old}, is {new}" for key, (old, new) in arguments.items() if old != new]
         changed += [f"its {key} differs" for key in ("dataset", "name", "panel", "reference")
                     if saved[key] != facts[key]]

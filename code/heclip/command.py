@@ -33,7 +33,12 @@ def parser(description):
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--dataset", default="GSE240429", help="a dataset that a preprocess script has prepared")
     flags.add_argument("--type", default="heg", choices=["heg", "hvg"],
-                       help="gene panel: highly expressed or highly variable genes")
+                       help="heg: images and highly expressed genes meet in 256 dimensions; hvg: images are embedded "
+                            "into the space of the highly variable genes")
+    flags.add_argument("--panel", choices=["heg", "hvg"], help="genes of the other type; default: those of --type")
+    flags.add_argument("--query", nargs="+", metavar="SECTION",
+                       help="hold out these sections; default: those with the role query. The others are the "
+                            "reference, and choose the panel")
     flags.add_argument("--protocol", default="strict", choices=["strict", "paper"],
                        help="strict: the query section chooses and corrects nothing; "
                             "paper: panel and Harmony over all sections, as published (preprocess with it too)")

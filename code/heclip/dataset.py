@@ -138,11 +138,50 @@ class Processed:
             with open(path) as file:
                 how = json.loads(file.readline().removeprefix("#"))
                 panel = pd.read_csv(file, index_col="gene_id", keep_default_na=False)
+            how["markers"]  # absent from panels of an early version
         except (ValueError, KeyError) as error:
             raise InputError(f"{path} is not a panel written by preprocess ({first_line(error)}). "
                              f"Run python code/preprocess_{self.dataset}.py again") from None
         panel.attrs = how
         return panel
+
+    def roles(self, query=None):
+        """(reference, query): lists of section names, as the section table has it, or with `query` held out instead."""
+        table = self.sections()
+        if query is None:
+            query = list(table.index[table["role"] == "query"])
+        if absent := [name for name in query if name not in table.index]:
+            raise InputError(f"--query {absent[0]}: {self.sections_path} has no such section, but "
+                             f"{', '.join(table.index)}")
+        reference = [name for name in table.index if name not in query]
+        if not reference:
+            raise InputError(f"--query {' '.join(query)}: no section is left to learn from")
+        return reference, query
+
+    def genes(self, section):
+        """The gene table of a section (see `expression.gene_statistics`), without its matrices."""
+        import anndata
+        import h5py
+
+        with h5py.File(self.need(self.section_path(section))) as file:
+            return anndata.io.read_elem(file["var"])
+
+    def panel_for(self, name, reference):
+        """The panel of that name, chosen by these reference sections: as on disk, or anew if others chose that one.
+
+        The paper protocol's is chosen by all sections, whichever is held out.
+        """
+        panel = self.panel(name)
+        if name.endswith("_paper") or panel.attrs["sections"] == reference:
+            return panel
+        from .expression import choose_panel
+
+        genes = {section: self.genes(section) for section in self.sections().index}
+        anew = choose_panel(panel.attrs["type"], {section: genes[section] for section in reference},
+                            panel.attrs["n_top"], present_in=[table.index for table in genes.values()])
+        anew.insert(1, "marker", anew["symbol"].isin(panel.attrs["markers"]))
+        anew.attrs = panel.attrs | {"sections": reference}
+        return anew
 
     def expression(self, section, name, panel, adata=None):
         """What the model is trained on and scored against: float32 (n_spots, G), columns in panel order."""

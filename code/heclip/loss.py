@@ -1,4 +1,8 @@
-"""The image-centric contrastive loss: a pure function of a batch's embeddings."""
+"""The image-centric contrastive loss, and the losses it is compared with: pure functions of a batch's embeddings.
+
+All take image and expression embeddings, (B, D) each, and the temperature T, and return a scalar, computed in float32
+whatever the embeddings' type.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +14,40 @@ def image_centric_loss(image, expression, temperature=1.0):
     With unnormalised embeddings I (`image`) and E (`expression`), both (B, D), and temperature T:
     logits = I Eᵀ / T, targets = softmax over rows of I Iᵀ / T, loss_i = - sum_j targets_ji log softmax(logits_i)_j.
     As published, the targets are transposed (their rows need not sum to 1) and gradients flow through them.
-    Returns the mean over i. Computed in float32 whatever the embeddings' type.
+    Returns the mean over i.
     """
     with torch.autocast(image.device.type, enabled=False):
         image, expression = image.float(), expression.float()
         logits = image @ expression.T / temperature  # (B, B)
         targets = F.softmax(image @ image.T / temperature, dim=1)  # (B, B)
         return -(targets.T * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+
+
+def clip_loss(image, expression, temperature):
+    """Each image finds its expression and each expression its image, by cosine (Radford et al., ICML 2021)."""
+    with torch.autocast(image.device.type, enabled=False):
+        logits = F.normalize(image.float(), dim=1) @ F.normalize(expression.float(), dim=1).T / temperature  # (B, B)
+        own = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def bleep_loss(image, expression, temperature=1.0):
+    """Both directions, with targets smoothed by how alike the images and the expressions are.
+
+    logits = E Iᵀ / T, targets = softmax over rows of (I Iᵀ + E Eᵀ) / 2 · T; the mean of the cross-entropies of the rows
+    and of the columns (Xie et al., NeurIPS 2023).
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        image, expression = image.float(), expression.float()
+        logits = expression @ image.T / temperature  # (B, B)
+        targets = F.softmax((image @ image.T + expression @ expression.T) / 2 * temperature, dim=1)  # (B, B)
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets.T)) / 2
+
+
+def regression_loss(predicted, expression, temperature=None):
+    """Mean squared error of the predicted expression, (B, G) each. There is no temperature."""
+    with torch.autocast(predicted.device.type, enabled=False):
+        return F.mse_loss(predicted.float(), expression.float())
+
+
+LOSSES = {"image_centric": image_centric_loss, "clip": clip_loss, "bleep": bleep_loss, "regression": regression_loss}

@@ -1,10 +1,16 @@
 """Every number in a results table. Arrays are spots x genes; all genes are computed at once.
 
 Per-gene scores keep every gene in its place; where a score is undefined (a gene that is constant over the spots) it
-is NaN. Definitions: Li et al., Nat Methods 19 (2022), as the published HECLIP uses them.
+is NaN. First the published scores (Li et al., Nat Methods 19 (2022), as the published HECLIP uses them: `score`), then
+those that say what they leave out (`score_further`), then the two things a score should stand beside: how certain it
+is (`bootstrap`) and how high it could be (`halves`).
 """
 
 import numpy as np
+import scipy.sparse
+from scipy.ndimage import uniform_filter
+from scipy.spatial import cKDTree
+from scipy.stats import rankdata
 
 TOP_GENES = (1, 3, 5, 10, 50, 100)
 HIT_AT = (1, 2, 3, 4, 5)
@@ -123,3 +129,149 @@ def mean_defined(values):
     """Mean of what is not NaN; NaN if nothing is."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else float("nan")
+
+
+# ------------------------------------------------------------------------------- what the published scores leave out
+
+
+def pearson_per_spot(prediction, truth):
+    """Pearson correlation over genes: (n, G), (n, G) -> (n,). A mean profile scores high here: compare with its own."""
+    return pearson_per_gene(np.asarray(prediction).T, np.asarray(truth).T)
+
+
+def spearman_per_gene(prediction, truth):
+    """Rank correlation over spots, ties sharing their mean rank: (G,)."""
+    return pearson_per_gene(rankdata(prediction, axis=0), rankdata(truth, axis=0))
+
+
+def error_per_gene(prediction, truth):
+    """Root mean squared error in the units of the expression itself (log-normalised): (G,)."""
+    return np.sqrt(((np.asarray(prediction, np.float64) - truth) ** 2).mean(axis=0))
+
+
+def recall_at_k(prediction, truth, k):
+    """Mean share of a spot's k highest true genes that are among its k highest predicted ones. 0 to 1."""
+    p, t = highest_genes(prediction, k), highest_genes(truth, k)
+    return float((p[:, :, None] == t[:, None, :]).any(axis=2).mean())
+
+
+def neighbour_graph(xy):
+    """Spots and their neighbours on the lattice: sparse bool (n, n), symmetric, from the centres xy (n, 2).
+
+    Neighbours lie within 1.5 times the usual distance to the nearest spot: 6 on Visium, 8 on a square lattice.
+    """
+    tree = cKDTree(xy)
+    pitch = np.median(tree.query(xy, 2)[0][:, 1])
+    i, j = tree.query_pairs(1.5 * pitch, output_type="ndarray").T
+    n = len(xy)
+    return scipy.sparse.csr_matrix((np.ones(2 * len(i)), (np.r_[i, j], np.r_[j, i])), shape=(n, n))
+
+
+def morans_i(x, graph):
+    """Spatial autocorrelation of each gene: (n, G), (n, n) weights -> (G,), about -1 to 1; NaN for a constant gene."""
+    z = standardise(x)
+    return (z * (graph @ z)).sum(axis=0) / graph.sum()
+
+
+def windowed_ssim_per_gene(prediction, truth, array_row, array_col, window=7):
+    """Structural similarity over windows of window x window spots on the lattice, mean over spots: (G,).
+
+    Wang et al., IEEE Trans Image Process 13 (2004), uniform window, K1 = 0.01, K2 = 0.03, L the range of the gene's
+    truth; a place without a spot does not count. Undefined where the truth is constant. Unlike the published global
+    form it sees where on the tissue a gene is.
+    """
+    row, col = np.asarray(array_row), np.asarray(array_col)
+    if ((row + col) % 2 == 0).all():  # staggered: every second column holds no spot
+        col = col // 2
+    row, col = row - row.min(), col - col.min()
+    grid = np.zeros((row.max() + 1, col.max() + 1))
+    grid[row, col] = 1
+    weight = uniform_filter(grid, window, mode="constant")[row, col]
+
+    def local_mean(values):
+        plane = np.zeros(grid.shape)
+        plane[row, col] = values
+        return uniform_filter(plane, window, mode="constant")[row, col] / weight
+
+    scores = np.full(truth.shape[1], np.nan)
+    for gene in range(truth.shape[1]):  # a plane at a time: all of them would not fit
+        p, t = (np.asarray(x[:, gene], np.float64) for x in (prediction, truth))
+        reach = t.max() - t.min()
+        if reach == 0:
+            continue
+        mean_p, mean_t = local_mean(p), local_mean(t)
+        var_p, var_t = local_mean(p * p) - mean_p**2, local_mean(t * t) - mean_t**2
+        covariance = local_mean(p * t) - mean_p * mean_t
+        c1, c2 = (0.01 * reach) ** 2, (0.03 * reach) ** 2
+        scores[gene] = ((2 * mean_p * mean_t + c1) * (2 * covariance + c2)
+                        / ((mean_p**2 + mean_t**2 + c1) * (var_p + var_t + c2))).mean()
+    return scores
+
+
+def score_further(prediction, truth, spots, xy):
+    """Scores beside the published ones: name -> number.
+
+    spots: obs table with array_row and array_col (the windowed SSIM is left out without them); xy: (n, 2) centres.
+    "Moran's I, r" is the correlation over genes of the autocorrelation predicted with the true one, "Moran's I, ratio"
+    their ratio: above 1, the prediction is smoother than the tissue.
+    """
+    pearson = pearson_per_gene(prediction, truth)
+    summary = {"Pearson, median": float(np.nanmedian(pearson)) if np.isfinite(pearson).any() else float("nan"),
+               "Pearson per spot": mean_defined(pearson_per_spot(prediction, truth)),
+               "Spearman": mean_defined(spearman_per_gene(prediction, truth)),
+               "RMSE, log-normalised": float(error_per_gene(prediction, truth).mean())}
+    if {"array_row", "array_col"} <= set(spots.columns):
+        summary["SSIM, windows"] = mean_defined(windowed_ssim_per_gene(prediction, truth, spots["array_row"],
+                                                                       spots["array_col"]))
+    graph = neighbour_graph(xy)
+    predicted, measured = morans_i(prediction, graph), morans_i(truth, graph)
+    both = np.isfinite(predicted) & np.isfinite(measured)
+    if both.sum() > 1:
+        summary["Moran's I, r"] = float(np.corrcoef(predicted[both], measured[both])[0, 1])
+        summary["Moran's I, ratio"] = float(predicted[both].mean() / measured[both].mean())
+    return summary | {f"recall@{k}": recall_at_k(prediction, truth, k) for k in HIT_AT}
+
+
+# --------------------------------------------------------------------------------- how certain, and how high at most
+
+
+def bootstrap(prediction, truth, xy, genes, draws=500, seed=0):
+    """95 % interval of the mean Pearson over `genes` (an index), by drawing blocks of tissue with replacement.
+
+    Neighbouring spots resemble each other, so single spots are not independent draws; blocks of 5 x 5 pitches are,
+    nearly. It tells the uncertainty within this section, not between sections. Returns (low, high).
+    """
+    pitch = np.median(cKDTree(xy).query(xy, 2)[0][:, 1])
+    block = np.unique(np.floor(np.asarray(xy) / (5 * pitch)).astype(int), axis=0, return_inverse=True)[1].ravel()
+    p, t = (np.asarray(x, np.float64)[:, genes] for x in (prediction, truth))
+    member = scipy.sparse.csr_matrix((np.ones(len(block)), (block, np.arange(len(block)))))
+    sums = np.stack([member @ x for x in (np.ones_like(p), p, t, p * p, t * t, p * t)])  # (6, blocks, G)
+    n_blocks = sums.shape[1]
+    counts = np.random.default_rng(seed).multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=draws)
+    n, sum_p, sum_t, pp, tt, pt = np.einsum("db,sbg->sdg", counts, sums, optimize=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = (n * pt - sum_p * sum_t) / np.sqrt((n * pp - sum_p**2) * (n * tt - sum_t**2))
+    means = [mean_defined(row) for row in np.where(np.isfinite(r), r, np.nan)]
+    return tuple(np.percentile(means, [2.5, 97.5]))
+
+
+def halves(counts, seed=0):
+    """Split counts in two by binomial thinning: each molecule falls to either half by the toss of a coin.
+
+    counts: (n, G) whole numbers, sparse. Returns two matrices of the same kind, independent measurements of the same
+    tissue as far as counts are Poisson.
+    """
+    first = counts.tocsr().copy()
+    first.data = np.random.default_rng(seed).binomial(first.data.astype(np.int64), 0.5).astype(first.data.dtype)
+    return first, counts - first
+
+
+def ceiling_per_gene(half, other):
+    """The Pearson correlation that perfect knowledge of the tissue would reach with the whole measurement: (G,).
+
+    half, other: the two halves' log-normalised expression, (n, G). With r their correlation, the whole has the
+    reliability 2 r / (1 + r) (Spearman and Brown), and the noise-free expression correlates with it by the root of
+    that. A gene whose halves do not agree has 0.
+    """
+    r = np.maximum(pearson_per_gene(half, other), 0)
+    return np.sqrt(2 * r / (1 + r))

@@ -22,7 +22,7 @@ LITE0 = "tf_efficientnet_lite0"  # small, and its ImageNet weights come as a Pyt
 class ModelConfig:
     """Everything that is needed to build the model anew; kept in the checkpoint."""
 
-    panel_type: str  # heg: both sides are projected to embedding_dim; hvg: images go straight into gene space
+    kind: str  # heg: both sides are projected to embedding_dim; hvg, regression: images go straight into gene space
     n_genes: int
     encoder: str
     image_size: int
@@ -31,6 +31,8 @@ class ModelConfig:
     embedding_dim: int = 256
     dropout: float = 0.1
     temperature: float = 1.0
+    learned_temperature: bool = False
+    bgr: bool = False  # blue-green-red pixels, as the published models were trained on
 
 
 class ProjectionHead(nn.Module):
@@ -50,17 +52,28 @@ class ProjectionHead(nn.Module):
 
 
 class HECLIP(nn.Module):
-    """Patches and expression in one space of width D: `embedding_dim` for heg, G for hvg."""
+    """Patches and expression in one space of width D: `embedding_dim` for heg, G for hvg and regression.
+
+    For regression the image's embedding is its predicted expression, from a single linear layer.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.image_encoder = timm.create_model(config.encoder, pretrained=False, num_classes=0)
         features = getattr(self.image_encoder, "head_hidden_size", None) or self.image_encoder.num_features
-        self.width = config.embedding_dim if config.panel_type == "heg" else config.n_genes
-        self.image_projection = ProjectionHead(features, self.width, config.dropout)
+        self.width = config.embedding_dim if config.kind == "heg" else config.n_genes
+        self.image_projection = (nn.Linear(features, config.n_genes) if config.kind == "regression"
+                                 else ProjectionHead(features, self.width, config.dropout))
         self.expression_projection = (ProjectionHead(config.n_genes, self.width, config.dropout)
-                                      if config.panel_type == "heg" else nn.Identity())
+                                      if config.kind == "heg" else nn.Identity())
+        if config.learned_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(config.temperature).log())
+
+    @property
+    def temperature(self):
+        """Of the loss: a number, or a scalar tensor if it is learned."""
+        return self.log_temperature.exp() if self.config.learned_temperature else self.config.temperature
 
     def encode_image(self, pixels):
         """Standardised pixels (B, 3, S, S) -> (B, D)."""
@@ -74,10 +87,11 @@ class HECLIP(nn.Module):
         return self.encode_image(pixels), self.encode_expression(expression)
 
 
-def configure(encoder, panel_type, n_genes, patch_px, image_size=None, **options):
-    """ModelConfig for an encoder known to timm: pixel mean and std are the encoder's own.
+def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standardised", **options):
+    """ModelConfig for an encoder known to timm.
 
-    The input side is `image_size`, else the encoder's own if it takes no other, else the patch's.
+    The input side is `image_size`, else the encoder's own if it takes no other, else the patch's. pixels:
+    "standardised" with the encoder's own mean and std, or "raw_bgr", 0 to 255 and blue first, as published.
     """
     try:
         with torch.device("meta"):  # no memory, no weights
@@ -86,8 +100,10 @@ def configure(encoder, panel_type, n_genes, patch_px, image_size=None, **options
         raise InputError(f"--encoder {encoder}: {first_line(error)}. timm.list_models() lists the names") from None
     known = timm.data.resolve_model_data_config(network)
     fixed = network.pretrained_cfg.get("fixed_input_size", False)
-    return ModelConfig(panel_type, n_genes, encoder, image_size or (known["input_size"][-1] if fixed else patch_px),
-                       tuple(known["mean"]), tuple(known["std"]), **options)
+    raw = pixels == "raw_bgr"
+    mean, std = ((0.0,) * 3, (1 / 255,) * 3) if raw else (tuple(known["mean"]), tuple(known["std"]))
+    return ModelConfig(kind, n_genes, encoder, image_size or (known["input_size"][-1] if fixed else patch_px),
+                       mean, std, bgr=raw, **options)
 
 
 def load_encoder_weights(network, encoder, file=None):

@@ -47,7 +47,7 @@ def preprocess(dataset, argv=None):
     with atomic_path(processed.sections_path) as path:
         table.to_csv(path)
 
-    genes = {section.name: read_genes(processed, section.name) for section in dataset.sections}
+    genes = {section.name: processed.genes(section.name) for section in dataset.sections}
     for panel_type in ("hvg", "heg"):
         write_panel(dataset, processed, genes, panel_type, "strict")
         if args.protocol == "paper":
@@ -131,15 +131,6 @@ def pitch(adata, positions_path):
         raise InputError(f"{positions_path}: {error}. Check that this is the section's own position file") from None
 
 
-def read_genes(processed, section):
-    """The gene table of a processed section, without its matrices."""
-    import anndata
-    import h5py
-
-    with h5py.File(processed.section_path(section)) as file:
-        return anndata.io.read_elem(file["var"])
-
-
 def write_panel(dataset, processed, genes, panel_type, protocol):
     """Choose one panel and write it by gene id. In the strict protocol the query sections choose nothing."""
     choosing = [s.name for s in dataset.sections if protocol == "paper" or s.role == "reference"]
@@ -149,6 +140,7 @@ def write_panel(dataset, processed, genes, panel_type, protocol):
     panel.insert(1, "marker", panel["symbol"].isin(dataset.markers))
     how = {"type": panel_type, "protocol": protocol, "sections": choosing, "n_top": n_top,
            "ranked_by": "normalised dispersion" if panel_type == "hvg" else "mean log-normalised expression",
+           "markers": list(dataset.markers),
            "markers_not_in_panel": sorted(set(dataset.markers) - set(panel["symbol"]))}
     with atomic_path(processed.panel_path(run_name(panel_type, protocol))) as path, open(path, "w") as file:
         file.write(f"# {json.dumps(how)}\n")
