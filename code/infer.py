@@ -235,7 +235,8 @@ def draw(run, args, panel, genes, embeddings, query, reference, prediction, trut
         figures.expression_maps(anndata.read_h5ad(run.prediction),
                                 [(gene, f"{caption} · r = {genes.loc[gene, 'Pearson']:.2f}")
                                  for gene, caption in captions.items()], run.figure("MAP"))
-    print(f"scores in {run.scores}; figures in {run.figure('MAP').parents[1]}: MAP, EBD, EXP")
+    figures.calibration_figure(anndata.read_h5ad(run.prediction), run.figure("CAL"), title=f"{title}: {query}")
+    print(f"scores in {run.scores}; figures in {run.figure('MAP').parents[1]}: MAP, CAL, EBD, EXP")
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ class Run:
         return self.top / "ebd" / self.dataset / self.name / f"{section}.npz"
 
     def figure(self, kind):
-        return self.top / "figure" / kind / f"{self.dataset}_{self.name}.{'png' if kind == 'MAP' else 'pdf'}"
+        return self.top / "figure" / kind / f"{self.dataset}_{self.name}.{'png' if kind in ('MAP', 'CAL') else 'pdf'}"
 
 
 def first_line(error):

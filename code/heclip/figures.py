@@ -15,6 +15,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import spearmanr
 
 from .files import atomic_path
 
@@ -146,6 +147,42 @@ def expression_maps(prediction, genes, path):
         bar.ax.tick_params(labelsize=6.5, length=2, pad=1.5, width=0.5)
         bar.outline.set(edgecolor="0.7", linewidth=0.4)
     _save(figure, path)
+
+
+def calibration_figure(prediction, path, title=""):
+    """Draw whether the uncertainties mean something: each beside what it is to foretell.
+
+    prediction: AnnData, spots x panel, as infer.py writes it: layers["true"]; obs["similarity"] and obs["spread"];
+    var["pearson"] and, from a model that had validation spots, var["expected_pearson"].
+    Per spot, the root mean squared error over genes by tenths of each measure; per gene, the correlation reached.
+    """
+    error = np.sqrt(((prediction.X - prediction.layers["true"]) ** 2).mean(axis=1))  # (n,)
+    genes = "expected_pearson" in prediction.var
+    figure = Figure(figsize=(3.1 * (2 + genes), 3.2), layout="constrained")
+    panels = list(figure.subplots(1, 2 + genes, squeeze=False)[0])
+    for axes, measure, label in zip(panels, ("similarity", "spread"), ("similarity to", "spread of"), strict=False):
+        value = prediction.obs[measure].to_numpy()
+        tenths = np.array_split(np.argsort(value, kind="stable"), min(10, len(value)))
+        axes.scatter(value, error, s=4, linewidths=0, color="0.8", rasterized=True)
+        axes.plot([value[rows].mean() for rows in tenths], [error[rows].mean() for rows in tenths], "o-", ms=4,
+                  color=GROUP_COLOURS[0])
+        axes.set(xlabel=f"{label} the retrieved spots", ylabel="error of the spot (RMSE, log-normalised)")
+        axes.set_title(f"ρ = {_rank_correlation(value, error):.2f}", loc="right", fontsize=9)
+    if genes:
+        expected, reached = (prediction.var[column].to_numpy() for column in ("expected_pearson", "pearson"))
+        panels[-1].axline((0, 0), slope=1, color="0.6", linewidth=0.8)
+        panels[-1].scatter(expected, reached, s=6, linewidths=0, color=GROUP_COLOURS[0], alpha=0.6, rasterized=True)
+        panels[-1].set(xlabel="Pearson of the gene expected (validation)", ylabel="reached on the query")
+        panels[-1].set_title(f"ρ = {_rank_correlation(expected, reached):.2f}", loc="right", fontsize=9)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def _rank_correlation(x, y):
+    both = np.isfinite(x) & np.isfinite(y)
+    return spearmanr(x[both], y[both]).statistic
 
 
 class _View(NamedTuple):
