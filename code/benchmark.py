@@ -281,7 +281,7 @@ def training_ours(args, folder):
 
     def step():
         with command.autocast(device):
-            image, expression = model(*batch)
+            image, expression, _ = model(*batch)
         loss = image_centric_loss(image.float(), expression.float())
         optimiser.zero_grad()
         loss.backward()
@@ -303,7 +303,8 @@ def training_plain(args, folder):
         for _ in range(args.epochs):
             start, total = time.perf_counter(), 0
             for batch in patches.loader(ours["n"], ours["batch_size"], device):
-                loss = image_centric_loss(*model(batch["image"].to(device), batch["expression"].to(device)))
+                image, expression, _ = model(batch["image"].to(device), batch["expression"].to(device))
+                loss = image_centric_loss(image, expression)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

@@ -8,7 +8,7 @@ same patches, panel, reference and query. Results so far are kept in save/<datas
 already is not run again; evaluation.csv beside it holds every number, a row each.
 
 To choose a recipe without looking at a held-out section, name the others: `--sections MOB2 MOB4` leaves one of these
-out at a time, and opens no other.
+out at a time, and reads no count and no pixel of any other.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Fold:
     """One held-out section, and what it is predicted from: n query spots, N reference spots, G genes."""
 
     query: str
-    held_out: list  # with the query's donor, if donors are held out
+    held_out: list  # every section that is not reference: of the query's donor, or not taking part
     reference: list
     panel: pd.DataFrame
     section: anndata.AnnData  # the query, all genes
@@ -118,8 +118,7 @@ def main(argv=None):
     for protocol in args.protocol:
         features = {}  # of the frozen encoder, section by section: for all folds
         for query in args.query or list(table.index):
-            held_out = list(table.index[key == key[query]])
-            fold = open_fold(processed, protocol, args.panel, query, held_out, list(table.index[key != key[query]]))
+            fold = open_fold(processed, protocol, args.panel, query, list(table.index[key != key[query]]))
             print(f"{protocol}: {query} from {', '.join(fold.reference)}; {len(fold.panel)} genes", flush=True)
             for method in methods:
                 predictions = []
@@ -139,12 +138,13 @@ def main(argv=None):
     print(f"every score of every fold and seed in {folder.with_suffix('.csv')}")
 
 
-def open_fold(processed, protocol, panel, query, held_out, reference):
+def open_fold(processed, protocol, panel, query, reference):
     """Read a fold; the panel is chosen on its reference."""
     name = run_name(panel, protocol)
     chosen = processed.panel_for(name, reference)
     parts = [processed.expression(section, name, chosen) for section in reference]
     section = processed.read(query)
+    held_out = [name for name in processed.sections().index if name not in reference]
     return Fold(query, held_out, reference, chosen, section, processed.expression(query, name, chosen, section),
                 np.concatenate(parts), [len(part) for part in parts])
 

@@ -23,18 +23,17 @@ from heclip.files import InputError, atomic_path, write_h5ad
 from heclip.metrics import mean_defined, score, score_further
 from heclip.model import HECLIP, load_encoder_weights
 from heclip.recipes import PREDICTION
-from heclip.retrieval import average_expression, random_spots, retrieve, smooth, spread, weigh
+from heclip.retrieval import average_expression, random_spots, retrieve, smooth, spread
 
 
 def parse(argv=None):
     flags = command.parser("Predict the query section's expression from its image, and score it.")
     flags.add_argument("--recipe", choices=list(PREDICTION),
                        help="sets the flags from --retrieval to --smoothing; default: the one the model was trained by")
-    flags.add_argument("--retrieval", choices=["gene", "image"],
-                       help="which embeddings of the reference the prediction is retrieved by; both are scored")
-    flags.add_argument("--k", type=command.positive, help="reference spots averaged for each query spot")
-    flags.add_argument("--weight_temperature", type=float, metavar="T",
-                       help="the K spots weigh as the softmax of their cosine similarity / T; 0: all the same")
+    flags.add_argument("--retrieval", choices=["gene", "image", "both"],
+                       help="which embeddings of the reference the prediction is retrieved by; all three are scored")
+    flags.add_argument("--k", type=command.positive,
+                       help="reference spots averaged for each query spot; with both, K of each")
     flags.add_argument("--views", type=int, choices=[1, 2, 4, 8],
                        help="symmetries of each patch whose embeddings are averaged")
     flags.add_argument("--smoothing", type=float, metavar="PITCHES",
@@ -100,18 +99,17 @@ def main(argv=None):
     models = {"": embeddings}
     if args.untrained:
         models["untrained "] = embed(untrained_model(run), processed, truth, command.pick_device(args.device), args)
-    neighbours = {}  # label -> (index, weights, similarity), (n_query, K) each
+    neighbours = {}  # label -> (index, similarity), (n_query, K) each
     for label, of_model in models.items():
         for kind in ("gene", "image"):
             nearest = np.concatenate([of_model[section][kind] for section in reference])  # (N, D)
-            index, similarity = retrieve(of_model[query]["image"], nearest, args.k)
-            neighbours[label + kind] = index, weigh(similarity, args.weight_temperature), similarity
-    index = random_spots(len(truth[query]), len(reference_expression), args.k, args.seed)
-    neighbours["random"] = index, weigh(np.zeros(index.shape), 0), np.zeros(index.shape)
+            neighbours[label + kind] = retrieve(of_model[query]["image"], nearest, args.k)
+    neighbours["both"] = [np.hstack(pair) for pair in zip(neighbours["gene"], neighbours["image"], strict=True)]
+    neighbours["random"] = random_spots(len(truth[query]), len(reference_expression), args.k, args.seed), None
     xy = adata.obsm["spatial"]
-    predictions = {label: smooth(average_expression(index, reference_expression, weights), xy, args.smoothing)
-                   for label, (index, weights, _) in neighbours.items()}  # (n_query, G) each
-    index, weights, similarity = neighbours[args.retrieval]
+    predictions = {label: smooth(average_expression(index, reference_expression), xy, args.smoothing)
+                   for label, (index, _) in neighbours.items()}  # (n_query, G) each
+    index, similarity = neighbours[args.retrieval]
     if model and model.config.kind == "regression":  # the image's embedding is its predicted expression
         predictions = {"regression": smooth(embeddings[query]["image"], xy, args.smoothing),
                        "random": predictions["random"]}
@@ -131,8 +129,7 @@ def main(argv=None):
     if "expected_pearson" in embeddings[query]:
         genes["expected_pearson"] = embeddings[query]["expected_pearson"]
 
-    certainty = {"similarity": (weights * similarity).sum(axis=1),
-                 "spread": spread(index, reference_expression, weights)}
+    certainty = {"similarity": similarity.mean(axis=1), "spread": spread(index, reference_expression)}
     write_results(run, args, adata, query, panel, prediction, truth[query], certainty, genes, summaries, reference)
     print_scores(args, query, reference, panel, summaries)
     if args.figures:
@@ -185,7 +182,7 @@ def read_embeddings(run, section, barcodes, panel):
 def write_results(run, args, section, query, panel, prediction, truth, certainty, genes, summaries, reference):
     """The prediction as AnnData, the scores per gene by name, and the row of the results table.
 
-    certainty: columns of obs. similarity: of the patch to the spots retrieved for it, their weighted mean cosine;
+    certainty: columns of obs. similarity: of the patch to the spots retrieved for it, their mean cosine;
     spread: how much those spots differ, see `retrieval.spread`. var["expected_pearson"] is what the gene reached on
     the validation spots, before the query was looked at.
     """
@@ -210,12 +207,13 @@ def write_results(run, args, section, query, panel, prediction, truth, certainty
 
 
 def print_scores(args, query, reference, panel, summaries):
-    """The results table: a row a score, a column a way of choosing the K spots."""
-    names = {"gene": "gene retrieval", "image": "image retrieval", "untrained gene": "untrained, gene",
-             "untrained image": "untrained, image", "random": f"{args.k} random spots"}
-    scores = pd.DataFrame(summaries).rename(columns=names)
+    """The results table: a row a score, a column a way of choosing the spots; first the one that is written to disk."""
+    names = {"gene": "gene retrieval", "image": "image retrieval", "both": "both retrievals",
+             "untrained gene": "untrained, gene", "untrained image": "untrained, image", "random": "random spots"}
+    order = sorted(summaries, key=lambda label: label != args.retrieval)
+    scores = pd.DataFrame({names.get(label, label): summaries[label] for label in order})
     print(f"\n{args.dataset} {args.type}, protocol {args.protocol}: {query} predicted from {', '.join(reference)}; "
-          f"{len(panel)} genes, K = {args.k}.")
+          f"{len(panel)} genes, K = {args.k}, {args.views} views, smoothing {args.smoothing}.")
     print("HEG-n, HVG-n: mean Pearson of the n genes highest, or most variable, in the "
           + ("query's truth, as published." if args.protocol == "paper" else "reference."))
     print(scores.to_string(float_format=lambda value: f"{value:.3f}" if value % 1 else f"{value:.0f}"))

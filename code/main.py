@@ -30,7 +30,7 @@ from heclip.batches import (
 from heclip.checkpoint import load_progress, save_checkpoint, save_progress
 from heclip.dataset import Processed, Run, run_name
 from heclip.files import InputError, atomic_path
-from heclip.loss import LOSSES
+from heclip.loss import LOSSES, regression_loss
 from heclip.metrics import mean_defined, pearson_per_gene
 from heclip.model import HECLIP, configure, load_encoder_weights
 from heclip.recipes import TRAINING
@@ -43,6 +43,9 @@ def parse(argv=None):
                        help="sets the flags from --loss to --wd; see heclip/recipes.py")
     flags.add_argument("--loss", choices=list(LOSSES))
     flags.add_argument("--temperature", type=float, help="of the loss")
+    flags.add_argument("--expression_loss", type=float, metavar="WEIGHT",
+                       help="of a second loss: the squared error of a layer that predicts expression itself; it "
+                            "teaches the encoder, and is not used to predict")
     flags.add_argument("--pixels", choices=["standardised", "raw_bgr"],
                        help="standardised as the encoder was pretrained, or 0 to 255 and blue first, as published")
     flags.add_argument("--colour_jitter", type=float, metavar="X",
@@ -100,10 +103,13 @@ def main(argv=None):
     # Model. `network` holds the weights; `model` is the same, with gradients averaged over the ranks if there are some.
     config = configure(args.encoder, "regression" if args.loss == "regression" else args.type, len(panel), patch_px,
                        args.image_size, args.pixels, temperature=args.temperature,
-                       learned_temperature=args.loss == "clip")
+                       learned_temperature=args.loss == "clip", expression_head=args.expression_loss > 0)
     network = HECLIP(config)
     if args.pretrained:
         load_encoder_weights(network.image_encoder, args.encoder, args.encoder_weights)
+    if network.expression_head:  # starts from the mean profile
+        torch.nn.init.zeros_(network.expression_head.weight)
+        network.expression_head.bias.data = spots.expression[training.to(device)].mean(dim=0).cpu()
     network.to(device, memory_format=torch.channels_last)
     if args.compile or (args.compile is None and device.type == "cuda"):
         network.image_encoder.compile()
@@ -152,8 +158,11 @@ def main(argv=None):
                 patches = stain(patches, random_stains(batch_size, generator)[rank::world], args.colour_jitter)
             pixels = to_pixels(patches, config)  # (B / R, 3, S, S)
             with command.autocast(device):
-                image, expression = model(pixels, spots.expression[index.to(device)])  # (B / R, D) each
+                truth = spots.expression[index.to(device)]  # (B / R, G)
+                image, expression, predicted = model(pixels, truth)  # (B / R, D), (B / R, D), (B / R, G)
             loss = loss_of(parallel.gather(image.float()), parallel.gather(expression.float()), network.temperature)
+            if args.expression_loss:
+                loss = loss + args.expression_loss * regression_loss(predicted, truth)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

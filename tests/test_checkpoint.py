@@ -20,7 +20,7 @@ def trained(panel_type="heg", seed=0):
     torch.manual_seed(seed)
     model = HECLIP(configure("test_resnet", panel_type, 4, 32, embedding_dim=8, temperature=2.0))
     optimiser = torch.optim.SGD(model.parameters(), 0.01)
-    image, expression = model(torch.randn(6, 3, 32, 32), torch.rand(6, 4))
+    image, expression, _ = model(torch.randn(6, 3, 32, 32), torch.rand(6, 4))
     ((image - 1) ** 2).mean().add((expression**2).mean()).backward()
     optimiser.step()
     return model.eval()
@@ -175,7 +175,7 @@ RUN = {key: FACTS[key] for key in ("dataset", "name", "panel", "reference")} | {
 
 def step(model, optimiser, seed):
     generator = torch.Generator().manual_seed(seed)
-    image, expression = model(torch.randn(6, 3, 32, 32, generator=generator), torch.rand(6, 4, generator=generator))
+    image, expression, _ = model(torch.randn(6, 3, 32, 32, generator=generator), torch.rand(6, 4, generator=generator))
     optimiser.zero_grad()
     ((image - 1) ** 2).mean().add((expression - 1).abs().mean()).backward()
     optimiser.step()

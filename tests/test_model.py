@@ -49,7 +49,7 @@ def other_names(weights):
 @pytest.mark.parametrize(("panel_type", "width"), [("heg", 24), ("hvg", 37)])
 def test_both_embeddings_have_the_width_of_the_panel_type(panel_type, width):
     model = HECLIP(config(panel_type, embedding_dim=24)).eval()
-    image, expression = model(torch.randn(5, 3, 32, 32), torch.randn(5, 37))
+    image, expression, _ = model(torch.randn(5, 3, 32, 32), torch.randn(5, 37))
     assert image.shape == expression.shape == (5, width)
 
 
@@ -70,7 +70,7 @@ def test_forward_is_the_two_encodings_and_each_row_depends_on_its_own_input_only
     model = HECLIP(config()).eval()
     pixels, expression = torch.randn(4, 3, 32, 32), torch.randn(4, 37)
     with torch.inference_mode():
-        image, gene = model(pixels, expression)
+        image, gene, _ = model(pixels, expression)
         torch.testing.assert_close(image, model.encode_image(pixels))
         torch.testing.assert_close(gene, model.encode_expression(expression))
         torch.testing.assert_close(model.encode_image(pixels[2:3]), image[2:3], rtol=1e-4, atol=1e-5)

@@ -54,7 +54,7 @@ loss = image_centric_loss(*network(pixels, expression))
 alone = torch.autograd.grad(loss, network.parameters())
 
 model = parallel.distribute(network, device)
-image, gene = model(pixels[rank::world], expression[rank::world])
+image, gene, _ = model(pixels[rank::world], expression[rank::world])
 shared = image_centric_loss(parallel.gather(image), parallel.gather(gene))
 shared.backward()
 torch.testing.assert_close(shared, loss)

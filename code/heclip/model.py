@@ -32,6 +32,7 @@ class ModelConfig:
     dropout: float = 0.1
     temperature: float = 1.0
     learned_temperature: bool = False
+    expression_head: bool = False  # trained beside the heads, to predict expression itself
     bgr: bool = False  # blue-green-red pixels, as the published models were trained on
 
 
@@ -67,6 +68,7 @@ class HECLIP(nn.Module):
                                  else ProjectionHead(features, self.width, config.dropout))
         self.expression_projection = (ProjectionHead(config.n_genes, self.width, config.dropout)
                                       if config.kind == "heg" else nn.Identity())
+        self.expression_head = nn.Linear(features, config.n_genes) if config.expression_head else None
         if config.learned_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(config.temperature).log())
 
@@ -84,7 +86,10 @@ class HECLIP(nn.Module):
         return self.expression_projection(expression)
 
     def forward(self, pixels, expression):
-        return self.encode_image(pixels), self.encode_expression(expression)
+        """Both embeddings, (B, D) each, and the expression that the expression head predicts, (B, G), or None."""
+        features = self.image_encoder(pixels)
+        predicted = self.expression_head(features) if self.expression_head else None
+        return self.image_projection(features), self.encode_expression(expression), predicted
 
 
 def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standardised", **options):

@@ -1,4 +1,4 @@
-"""Prediction: each query patch takes the mean expression of its nearest reference spots, nearest weighing most."""
+"""Prediction: each query patch takes the mean expression of its nearest reference spots."""
 
 import numpy as np
 import scipy.sparse
@@ -44,31 +44,17 @@ def retrieve(query, reference, k=50, block=4096):
     return torch.cat(indices).cpu().numpy(), torch.cat(similarities).cpu().numpy()
 
 
-def weigh(similarity, temperature):
-    """Weights of the retrieved spots: softmax of similarity / temperature over each row; equal for temperature 0.
-
-    similarity: (n, K), cosines. Returns float32 (n, K); each row sums to 1.
-    """
-    if temperature == 0:
-        return np.full(similarity.shape, 1 / similarity.shape[1], np.float32)
-    return F.softmax(torch.as_tensor(similarity) / temperature, dim=1).numpy()
-
-
-def average_expression(index, expression, weights=None):
-    """Weighted mean of the retrieved spots' expression: index (n, K), expression (N, G) -> float32 (n, G).
-
-    weights: (n, K), rows that sum to 1; without them the plain mean.
-    """
+def average_expression(index, expression):
+    """Plain mean of the retrieved spots' expression: index (n, K), expression (N, G) -> float32 (n, G)."""
     n, k = index.shape
-    weights = weigh(np.zeros((n, k)), 0) if weights is None else np.asarray(weights, np.float32)
-    picked = scipy.sparse.csr_matrix((weights.ravel(), index.ravel(), np.arange(0, n * k + 1, k)),
+    picked = scipy.sparse.csr_matrix((np.full(n * k, 1 / k, np.float32), index.ravel(), np.arange(0, n * k + 1, k)),
                                      shape=(n, len(expression)))
     return picked @ expression
 
 
-def spread(index, expression, weights):
-    """How much the retrieved spots differ: their weighted standard deviation, mean over genes. (n,), log-normalised."""
-    mean, square = (average_expression(index, x, weights) for x in (expression, expression**2))
+def spread(index, expression):
+    """How much the retrieved spots differ: their standard deviation, mean over genes. (n,), log-normalised units."""
+    mean, square = average_expression(index, expression), average_expression(index, expression**2)
     return np.sqrt(np.maximum(square - mean**2, 0)).mean(axis=1)
 
 
