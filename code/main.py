@@ -107,9 +107,10 @@ def main(argv=None):
     network = HECLIP(config)
     if args.pretrained:
         load_encoder_weights(network.image_encoder, args.encoder, args.encoder_weights)
-    if network.expression_head:  # starts from the mean profile
-        torch.nn.init.zeros_(network.expression_head.weight)
-        network.expression_head.bias.data = spots.expression[training.to(device)].mean(dim=0).cpu()
+    predictor = network.image_projection if config.kind == "regression" else network.expression_head
+    if predictor:  # starts from the mean profile
+        torch.nn.init.zeros_(predictor.weight)
+        predictor.bias.data = spots.expression[training.to(device)].mean(dim=0).cpu()
     network.to(device, memory_format=torch.channels_last)
     if args.compile or (args.compile is None and device.type == "cuda"):
         network.image_encoder.compile()
