@@ -24,7 +24,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urljoin
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
@@ -35,7 +35,7 @@ from heclip import command
 from heclip.dataset import ROOT
 from heclip.files import InputError, sha256
 
-WAITS = (1, 2, 4, 8, 16)  # seconds before each further attempt
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds before each further attempt
 TIMEOUT = 60  # seconds without a byte
 BLOCK = 1 << 20
 SUMS = dict(line.split()[::-1] for line in Path(__file__).with_name("SHA256SUMS").read_text().splitlines())
@@ -133,8 +133,7 @@ def ask(url, method="GET", headers=None):
         kind = Passing if error.code in (408, 429) or error.code >= 500 else NotFetched
         raise kind(f"{url}: {error.code} {error.reason}") from None
     except URLError as error:
-        raise Unreachable(f"{url}: the server cannot be reached ({error.reason}). Check the network and run again: "
-                          "what is here stays") from None
+        raise Unreachable(f"{url}: the server cannot be reached ({error.reason}): check the network") from None
     except (OSError, HTTPException) as error:
         raise Passing(f"{url}: the server broke off ({error})") from None
     if answer.headers.get_content_type() == "text/html" and not url.endswith("/"):
@@ -173,8 +172,9 @@ def listing(server):
     """The names of the files in a server's folder, from the page that lists them."""
     with ask(server) as answer:
         page = b"".join(blocks(answer, server)).decode(errors="replace")
-    names = {unquote(html.unescape(link)) for link in re.findall(r'href="([^"?#/]+)"', page)}
-    return sorted(name for name in names if not re.search(r"[/\\\0]", name))
+    links = {urljoin(server, html.unescape(link)) for link in re.findall(r'href="([^"]+)"', page)}
+    names = {unquote(link.removeprefix(server)) for link in links}
+    return sorted(name for name in names if re.fullmatch(r"[^/\\?#\0]+", name))  # no other page, no way out of a folder
 
 
 # ---------------------------------------------------------------------------------------------- one file
@@ -212,8 +212,9 @@ def look_up(source, dataset, folder):
     if "*" in name:
         names = [name for name in listing(source.server) if fnmatchcase(name, source.path)]
         if len(names) != 1:
-            raise NotFetched(f"{len(names) or 'none'} of the files at {source.server} match. There are "
-                             f"{', '.join(listing(source.server)) or 'none at all'}. Put the right one into {folder}")
+            there = ", ".join(listing(source.server)) or "none at all"
+            raise NotFetched(f"{len(names) or 'none'} of the files at {source.server} match. There are {there}. "
+                             f"Put the right one into {folder} by hand")
         name = names[0]
     url, digest = source.server + quote(name), SUMS.get(f"{dataset}/{name}")
 
@@ -270,11 +271,12 @@ def receive(file, bar):
         if not start:
             file.part.write_bytes(b"")  # first, so that no part ever bears the tag of another version
             file.tag.write_text(version_of(answer))
-        bar.total, bar.n = size, start
-        with open(file.part, "r+b", buffering=0) as part:
+        bar.total, bar.n, bar.last_print_n, bar.initial = size, start, start, start
+        with open(file.part, "r+b") as part:
             part.seek(start)
             for block in blocks(answer, file.url):
                 part.write(block)
+                part.flush()  # so that a killed run keeps it
                 bar.update(len(block))
     if (come := file.part.stat().st_size) != (size or file.size or come):
         raise Passing(f"{file.url}: {come:,} of {size or file.size:,} bytes have come")
@@ -330,9 +332,8 @@ def main(argv=None):
         absent = [file for file in files if not file.here]
         n_bytes = sum(max(file.size - file.come(), 0) for file in absent if file.size is not None)
         unknown = sum(file.size is None for file in absent)
-        print(f"{args.dataset}: {len(sources)} files, {len(files) - len(absent)} of them here; to fetch: "
-              f"{len(absent)}, {n_bytes:,} bytes{f' and {unknown} of unknown size' if unknown else ''}, to {folder}",
-              flush=True)
+        print(f"{args.dataset}: {len(files) - len(absent)} of {len(sources)} files are here. To fetch: {len(absent)} "
+              f"({n_bytes:,} bytes{f' and {unknown} of unknown size' if unknown else ''}), to {folder}", flush=True)
         disk = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         if (free := shutil.disk_usage(disk).free) < n_bytes:
             raise InputError(f"{folder}: {n_bytes:,} bytes are to come, but {free:,} are free there. Make room, choose "
