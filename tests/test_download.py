@@ -1,0 +1,638 @@
+"""download.py against a server of our own that fails in every way that servers do: the right file, or none and why."""
+
+import gzip
+import hashlib
+import importlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+from urllib.parse import quote, unquote
+
+import download
+import numpy as np
+import pytest
+
+from heclip import sources
+from heclip.files import InputError
+
+BODY = np.random.default_rng(0).bytes(100_000)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers from `server.files`; `server.faults[path]` lists what goes wrong with the next GETs, one each."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer("HEAD")
+
+    def do_GET(self):
+        self.answer("GET")
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, method):
+        server, path = self.server, unquote(self.path)
+        span = self.headers["Range"]
+        seen = {"method": method, "path": path, "range": span, "sent": 0}
+        server.seen.append(seen)
+        self.close_connection = True
+        faults = server.faults.get(path, []) if method == "GET" else []
+        fault = faults.pop(0) if faults else None
+        if fault == "drop":
+            return
+        if path in server.moved:
+            return self.head(302, Location=server.url + server.moved[path])
+        status = server.status.get(path, fault if isinstance(fault, int) else 200 if path in server.files else 404)
+        if status != 200:
+            return self.head(status, Content_Length=0)
+        body = server.files[path]
+        headers = {"Content_Type": "text/html" if path.endswith("/") else "application/octet-stream",
+                   **server.version(body)}
+        start = 0
+        fresh = self.headers["If-Range"] in (None, *server.version(body).values()) or server.ignores == "If-Range"
+        if span and fresh and server.ignores != "Range":
+            start = int(span.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                return self.head(416, Content_Length=0)
+            body = body[:start + server.most_of_a_range]
+            headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(server.files[path])}"
+        announced = len(body) - start + (server.boasts if method == "GET" else 0)
+        self.head(206 if start else 200, Content_Length=announced, **headers)
+        if method == "GET":
+            end = (start + len(body)) // 2 if fault in ("cut", "wait") else len(body)
+            seen["sent"] = end - start  # before the client can have it, and look
+            self.wfile.write(body[start:end])
+            if fault == "wait":
+                server.go_on.wait(60)
+
+    def head(self, status, **headers):
+        self.send_response(status)
+        for name, value in {**headers, "Connection": "close"}.items():
+            if value is not None:
+                self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+
+class Server(ThreadingTCPServer):
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.files, self.faults, self.status, self.moved, self.seen = {}, {}, {}, {}, []
+        self.ignores, self.boasts, self.most_of_a_range, self.go_on = None, 0, 1 << 30, threading.Event()
+        self.version = lambda body: {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, *_):
+        pass  # a client that was killed
+
+    def gets(self):
+        return [seen for seen in self.seen if seen["method"] == "GET"]
+
+    def list_folders(self):
+        """Write the pages that list the files of each folder, with the links that such pages have besides."""
+        for path in [path for path in self.files if not path.endswith("/")]:
+            folder = path.rpartition("/")[0] + "/"
+            names = [name.removeprefix(folder) for name in self.files if name.startswith(folder) and name != folder]
+            lines = [f'<a href="{quote(name, safe="")}">{name}</a>  2026-01-01 12:00  1.2M\n' for name in names]
+            head = '<a href="?C=N;O=D">Name</a> <a href="/geo/samples/">Parent</a> <a href="miniml/">miniml/</a>\n'
+            self.files[folder] = "".join([head, *lines]).encode()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """The local server in the place of the real ones: their names become the first part of its paths."""
+    server = Server()
+    datasets = {name: {section: [source._replace(server=source.server.replace("https://", f"{server.url}/"))
+                                 for source in listed] for section, listed in sections.items()}
+                for name, sections in download.DATASETS.items()}
+    monkeypatch.setattr(download, "DATASETS", datasets)
+    monkeypatch.setattr(download, "WAITS", (0, 0))
+    monkeypatch.setattr(download, "TIMEOUT", 20)
+    download.listing.cache_clear()
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def one(server, monkeypatch, tmp_path):
+    """A dataset of one file: a function that publishes it and gives a function that downloads it."""
+    def publish(name="slide.tif", body=BODY, digest=None):
+        monkeypatch.setattr(download, "DATASETS", {"MOB": {"MOB1": [download.Source(f"{server.url}/data/", name)]}})
+        monkeypatch.setattr(download, "SUMS", {f"MOB/{name}": digest} if digest else {})
+        server.files[f"/data/{name}"] = body
+        return lambda *flags: download.main(["MOB", "--to", str(tmp_path / "to"), *flags])
+
+    return publish
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def only_a_part(folder, name="slide.tif"):
+    return set(contents(folder)) <= {f".{name}.part", f".{name}.part.version"}
+
+
+# ------------------------------------------------------------------------------------ the datasets as they are stated
+
+
+def published_name(dataset, section, source):
+    """The name of a file on its server; where the table has a pattern, one such as GEO has."""
+    if "*" not in source.path:
+        return source.path
+    sample = source.path.partition("_")[0]
+    if "Merged" in source.path:
+        return {"GSE240429": f"{sample}_GEX_{section}_Merged.tiff.gz",
+                "GSE245620": f"{sample}_GEX_PSC011-4_{section[-2:]}_Merged.tif.gz"}[dataset]
+    stem = {"GSE240429": section.replace("_", ""), "GSE245620": f"{section}_VISIUM"}[dataset]
+    return f"{sample}_{stem}_{source.path.rpartition('*')[2]}"
+
+
+def publish(server, dataset, monkeypatch):
+    """Put something under every name of a dataset."""
+    monkeypatch.setattr(download, "SUMS", {})
+    for section, listed in download.DATASETS[dataset].items():
+        for source in listed:
+            name, body = published_name(dataset, section, source), repr(source).encode()
+            server.files[source.server.removeprefix(server.url) + name] = (
+                gzip.compress(body) if name.endswith(".gz") else body)
+    server.list_folders()
+
+
+@pytest.mark.parametrize("dataset", download.DATASETS)
+def test_the_preprocess_script_finds_every_file_that_came(server, dataset, monkeypatch, tmp_path):
+    publish(server, dataset, monkeypatch)
+    download.main([dataset, "--to", str(tmp_path)])
+    stated = importlib.import_module(f"preprocess_{dataset}").DATASET
+    assert [section.name for section in stated.sections] == list(download.DATASETS[dataset])
+    found = []
+    for section in stated.sections:
+        counts, positions, image = (sources.find(tmp_path, getattr(section, what), what)
+                                    for what in ("counts", "positions", "image"))
+        found += [*sources.files_of(counts), positions, image]
+    if stated.symbols:
+        found.append(sources.find(tmp_path, stated.symbols, "symbols"))
+    assert sorted(found) == sorted(tmp_path / path for path in contents(tmp_path))
+    assert len(set(found)) == len({source for listed in download.DATASETS[dataset].values() for source in listed})
+
+
+def test_one_section_brings_its_own_files_and_what_all_share(server, monkeypatch, tmp_path, capsys):
+    publish(server, "MOB", monkeypatch)
+    download.main(["MOB", "--to", str(tmp_path), "--section", "MOB2"])
+    assert set(contents(tmp_path)) == {"MOB2.tsv", "MOB2.jpg", "alignment_table_MOB2.tsv", "mouse_genes.tsv.gz"}
+    assert f"python code/preprocess_MOB.py --raw {tmp_path} --section MOB2" in capsys.readouterr().out
+
+
+def test_the_known_sums_are_those_of_the_real_files(real_data):
+    names = {"MOB": [*real_data("MOB").glob("inst/extdata/counts/*"),
+                     real_data("MOB") / "inst/extdata/mouse_genes.tsv.gz"],
+             "spatialLIBD": [*real_data("spatialLIBD").glob("*/tissue_positions_list.txt")]}
+    sums = {path.name if name == "MOB" else f"{path.parent.name}/{path.name}": download.sha256(path)
+            for name, paths in names.items() for path in paths}
+    assert {path.partition("/")[2]: digest for path, digest in download.SUMS.items()} == sums
+    stated = {f"{dataset}/{source.path}" for dataset, sections in download.DATASETS.items()
+              for listed in sections.values() for source in listed}
+    assert set(download.SUMS) <= stated
+
+
+def test_the_real_bulb_is_downloaded_and_preprocessed(server, real_data, tmp_path):
+    import preprocess_MOB
+    from heclip.dataset import Processed
+
+    extdata = real_data("MOB") / "inst/extdata"
+    for source in {source for listed in download.DATASETS["MOB"].values() for source in listed}:
+        path = source.server + source.path
+        server.files[path.removeprefix(server.url)] = (extdata / path.partition("/inst/extdata/")[2]).read_bytes()
+    cut = next(path for path in server.files if path.endswith("MOB4.tsv"))
+    server.faults[cut] = ["cut"]
+    download.main(["MOB", "--to", str(tmp_path)])
+    assert sum(seen["sent"] for seen in server.gets()) == sum(map(len, server.files.values())) + 1
+    preprocess_MOB.main(["--raw", str(tmp_path), "--section", "MOB3"])
+    assert Processed("MOB").read("MOB3").n_obs == 438
+
+
+# ------------------------------------------------------------------------------------ interrupted, and gone on with
+
+
+def test_a_cut_connection_is_gone_on_with(server, one, tmp_path):
+    get = one()
+    server.faults["/data/slide.tif"] = ["cut"] * 8  # more often than without progress would be allowed
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+    assert len(server.gets()) == 9
+    assert sum(seen["sent"] for seen in server.gets()) == len(BODY) + 8  # one byte twice at each joint
+
+
+def test_the_next_run_goes_on_with_the_part(server, one, monkeypatch, tmp_path, capsys):
+    get = one()
+    server.faults["/data/slide.tif"] = ["cut"]
+    monkeypatch.setattr(download, "WAITS", ())
+    with pytest.raises(InputError, match="1 of 1 files of MOB are missing"):
+        get()
+    assert "slide.tif: the connection was lost after 50,000 of 100,000 bytes" in capsys.readouterr().err
+    assert contents(tmp_path / "to")[".slide.tif.part"] == BODY[:50_000]
+    assert only_a_part(tmp_path / "to")
+    server.seen.clear()
+    get()
+    assert "To fetch: 1 (50,000 bytes)" in capsys.readouterr().out
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+    assert [(seen["range"], seen["sent"]) for seen in server.gets()] == [("bytes=49999-", 50_001)]
+
+
+def test_a_part_that_is_whole_needs_no_more_than_its_last_byte(server, one, tmp_path):
+    get = one()
+    get()
+    (tmp_path / "to/slide.tif").rename(tmp_path / "to/.slide.tif.part")
+    (tmp_path / "to/.slide.tif.part.version").write_text(server.version(BODY)["ETag"])
+    server.seen.clear()
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+    assert [seen["sent"] for seen in server.gets()] == [1]
+
+
+@pytest.mark.parametrize("version", [
+    lambda body: {}, lambda body: {"ETag": 'W/"1"'}, lambda body: {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}],
+    ids=["no version", "weak", "date"])
+def test_only_a_part_of_a_certain_version_is_gone_on_with(server, one, version, tmp_path):
+    server.version = version
+    get = one()
+    server.faults["/data/slide.tif"] = ["cut"]
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+    again = "bytes=49999-" if "Last-Modified" in version(BODY) else None
+    assert [seen["range"] for seen in server.gets()] == [None, again]
+
+
+def test_a_server_that_ignores_ranges_sends_all_again(server, one, tmp_path):
+    get = one()
+    server.ignores = "Range"
+    server.faults["/data/slide.tif"] = ["cut"]
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+    assert [seen["sent"] for seen in server.gets()] == [50_000, 100_000]
+
+
+def test_a_server_that_sends_less_than_the_range_is_asked_for_the_rest(server, one, tmp_path):
+    get = one()
+    server.most_of_a_range = 20_000
+    server.faults["/data/slide.tif"] = ["cut"]
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+    assert [seen["sent"] for seen in server.gets()] == [50_000, 20_000, 20_000, 10_003]  # one byte twice at each joint
+
+
+@pytest.mark.parametrize("ignores", [None, "If-Range"])
+@pytest.mark.parametrize("length", [100_000, 60_000, 140_000, 30_000])
+def test_a_file_that_changed_between_two_runs_starts_over(server, one, ignores, length, monkeypatch, tmp_path):
+    get = one()
+    server.ignores = ignores
+    server.faults["/data/slide.tif"] = ["cut"]
+    monkeypatch.setattr(download, "WAITS", ())
+    with pytest.raises(InputError):
+        get()
+    changed = np.random.default_rng(1).bytes(length)
+    server.files["/data/slide.tif"] = changed
+    monkeypatch.setattr(download, "WAITS", (0,) if ignores else ())  # If-Range spares an attempt
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": changed}
+
+
+@pytest.mark.parametrize(("length", "says"), [(100_000, None), (60_000, "100,000 bytes at first and 60,000 now")])
+def test_a_file_that_changes_during_a_run_is_never_mixed(server, one, length, says, monkeypatch, tmp_path, capsys):
+    get = one()
+    changed = np.random.default_rng(1).bytes(length)
+    server.faults["/data/slide.tif"] = ["cut"]
+    monkeypatch.setattr(download.time, "sleep", lambda _: server.files.update({"/data/slide.tif": changed}))
+    if says:
+        with pytest.raises(InputError):
+            get()
+        assert says in capsys.readouterr().err
+        assert only_a_part(tmp_path / "to")
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": changed}
+
+
+@pytest.mark.parametrize(("kill", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_killed_run_leaves_a_part_that_the_next_goes_on_with(server, one, kill, code, project, tmp_path):
+    get = one(body=BODY[:5000])  # less than a file object's buffer
+    server.faults["/data/slide.tif"] = ["wait"]
+    script = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a job may ignore it
+              "sys.path.insert(0, 'GSE'); import download; download.DATASETS = "
+              f"{{'MOB': {{'MOB1': [download.Source('{server.url}/data/', 'slide.tif')]}}}}; "
+              "download.command.run(download.main)")
+    run = subprocess.Popen([sys.executable, "-c", script, "MOB", "--to", tmp_path / "to"], cwd=project,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    part = tmp_path / "to/.slide.tif.part"
+    give_up = time.monotonic() + 30
+    while not (part.exists() and part.stat().st_size == 2500) and time.monotonic() < give_up:
+        time.sleep(0.02)
+    run.send_signal(kill)
+    assert "Traceback" not in run.communicate(timeout=60)[1]
+    assert run.returncode == code
+    assert only_a_part(tmp_path / "to")
+    server.go_on.set()
+    server.seen.clear()
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": BODY[:5000]}
+    assert sum(seen["sent"] for seen in server.gets()) == 2501
+
+
+# ------------------------------------------------------------------------------------ servers that say no, or lie
+
+
+def test_a_redirection_is_followed_by_ranges_too(server, one, tmp_path):
+    get = one()
+    server.files["/elsewhere"] = server.files.pop("/data/slide.tif")
+    server.moved["/data/slide.tif"] = "/elsewhere"
+    server.faults["/elsewhere"] = ["cut", "cut"]
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+    assert any(seen["range"] and seen["path"] == "/elsewhere" for seen in server.gets())
+
+
+@pytest.mark.parametrize("status", [404, 403])
+def test_a_refused_file_is_named_and_the_others_come(server, status, monkeypatch, tmp_path, capsys):
+    publish(server, "spatialLIBD_1", monkeypatch)
+    path = "/spatial-dlpfc.s3.us-east-2.amazonaws.com/images/151508_full_image.tif"
+    server.status[path] = status
+    with pytest.raises(InputError, match="1 of 12 files of spatialLIBD_1 are missing"):
+        download.main(["spatialLIBD_1", "--to", str(tmp_path)])
+    errors = capsys.readouterr().err
+    assert f"missing: 151508_full_image.tif: {server.url}{path}: {status} " in errors
+    assert len(contents(tmp_path)) == 11
+    assert len([seen for seen in server.seen if seen["path"] == path]) == 1  # a no is not asked for twice
+
+
+@pytest.mark.parametrize("fault", [503, 429, "drop"])
+def test_a_server_in_trouble_is_asked_again_but_not_for_ever(server, one, fault, tmp_path, capsys):
+    get = one()
+    server.faults["/data/slide.tif"] = [fault] * 2
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+    (tmp_path / "to/slide.tif").unlink()
+    server.faults["/data/slide.tif"] = [fault] * 99
+    server.seen.clear()
+    with pytest.raises(InputError, match="missing"):
+        get()
+    assert len(server.gets()) == 3  # WAITS has two
+    assert "missing: slide.tif: http://" in capsys.readouterr().err
+    assert not contents(tmp_path / "to")
+
+
+def test_the_waits_grow_and_progress_resets_them(server, one, monkeypatch):
+    waited = []
+    get = one()
+    monkeypatch.setattr(download, "WAITS", (1, 2, 4))
+    monkeypatch.setattr(download.time, "sleep", waited.append)
+    server.faults["/data/slide.tif"] = [503, 503, "cut", "drop", "drop"]
+    get()
+    assert waited == [1, 2, 1, 2, 4]
+
+
+def test_a_silent_server_is_asked_again(server, one, monkeypatch, tmp_path, capsys):
+    get = one()
+    monkeypatch.setattr(download, "TIMEOUT", 1)
+    server.faults["/data/slide.tif"] = ["wait"]
+    get()
+    assert "slide.tif: the connection was lost (timed out); again in 0 s" in capsys.readouterr().err
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+
+
+def test_an_unreachable_server_ends_the_run(server, one, monkeypatch, tmp_path):
+    waited = []
+    get = one()
+    monkeypatch.setattr(download.time, "sleep", waited.append)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(InputError, match=r"slide.tif: the server cannot be reached .*: check the network"):
+        get()
+    assert waited == [0, 0]
+    assert not (tmp_path / "to").exists()
+
+
+def test_fewer_bytes_than_announced_never_make_a_file(server, one, tmp_path, capsys):
+    get = one()
+    server.boasts = 10
+    with pytest.raises(InputError):
+        get()
+    assert "bytes at first and 100,010 now" in capsys.readouterr().err
+    server.boasts = 0
+    server.faults["/data/slide.tif"] = ["cut"] * 99
+    server.ignores = "Range"
+    with pytest.raises(InputError):
+        get()
+    assert "the connection was lost after 50,000 of 100,000 bytes" in capsys.readouterr().err
+    assert only_a_part(tmp_path / "to")
+
+
+def test_a_short_file_is_not_taken_for_the_whole(server, one, tmp_path, capsys):
+    get = one()
+    server.boasts = -40_000
+    with pytest.raises(InputError):
+        get()
+    assert "100,000 bytes at first and 60,000 now" in capsys.readouterr().err
+    assert not contents(tmp_path / "to")
+
+
+ZIPPED = gzip.compress(BODY)
+
+
+@pytest.mark.parametrize(("body", "says"), [
+    (ZIPPED[:-4000], "is damaged on the server or was on the way (Compressed file ended"),
+    (ZIPPED[:-4], "is damaged"),  # its length, the last four bytes, is what lacks
+    (ZIPPED[:-8] + bytes(4) + ZIPPED[-4:], "CRC check failed"),
+    (ZIPPED[:-4] + bytes(4), "Incorrect length"),
+    (ZIPPED[:2000] + bytes(50) + ZIPPED[2050:], "is damaged"),
+    (gzip.compress(b"ACGT" * 9999)[:20] + bytes(99), "while decompressing data"),
+    (b"<html>busy</html>", "Not a gzipped file"),
+    (b"", "is empty"),
+], ids=["cut", "cut in its end", "crc", "length", "bytes lost", "other bytes", "not a gzip", "empty"])
+def test_a_bad_gzip_is_deleted_and_named(server, one, body, says, tmp_path, capsys):
+    with pytest.raises(InputError, match="missing"):
+        one("matrix.mtx.gz", body)()
+    errors = capsys.readouterr().err
+    assert "missing: matrix.mtx.gz: http://" in errors
+    assert says in errors
+    assert not contents(tmp_path / "to")
+    one("matrix.mtx.gz", ZIPPED)()
+    assert contents(tmp_path / "to") == {"matrix.mtx.gz": ZIPPED}
+
+
+def test_a_gzip_of_several_members_is_whole(one, tmp_path):
+    one("matrix.mtx.gz", ZIPPED + ZIPPED)()
+    assert contents(tmp_path / "to") == {"matrix.mtx.gz": ZIPPED + ZIPPED}
+
+
+def test_another_sum_than_the_known_one_is_refused(one, tmp_path, capsys):
+    digest = hashlib.sha256(BODY).hexdigest()
+    with pytest.raises(InputError):
+        one("MOB1.tsv", BODY[::-1], digest)()
+    assert f"its SHA-256 is not the known one, {digest}" in capsys.readouterr().err
+    assert not contents(tmp_path / "to")
+    one("MOB1.tsv", BODY, digest)()
+    assert contents(tmp_path / "to") == {"MOB1.tsv": BODY}
+
+
+def test_a_web_page_in_the_place_of_a_file_is_refused(server, one, monkeypatch, tmp_path, capsys):
+    get = one()
+    monkeypatch.setattr(Handler, "head", lambda self, status, head=Handler.head, **headers:
+                        head(self, status, **{**headers, "Content_Type": "text/html; charset=utf-8"}))
+    with pytest.raises(InputError):
+        get()
+    assert "slide.tif: a web page came" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_full_or_forbidden_disk_is_named_and_keeps_the_part(server, one, tmp_path):
+    get = one()
+    (tmp_path / "to/.slide.tif.part").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"\.slide\.tif\.part: Is a directory"):
+        get()
+
+
+# ------------------------------------------------------------------------------------ names that only the server knows
+
+
+@pytest.mark.parametrize(("names", "says"), [
+    (["A_filtered_matrix.mtx.gz", "A_raw_matrix.mtx.gz", "A.tiff.gz"],
+     "2 of the files at URL match. There are A.tiff.gz, A_filtered_matrix.mtx.gz, A_raw_matrix.mtx.gz."),
+    (["B_matrix.mtx.gz"], "none of the files at URL match. There are B_matrix.mtx.gz."),
+    ([], "none of the files at URL match. There are none at all."),
+])
+def test_a_pattern_must_match_one_file_of_the_server(server, one, names, says, tmp_path, capsys):
+    get = one("A_*matrix.mtx.gz")
+    server.files = {f"/data/{name}": ZIPPED for name in names} or {"/data/": b"<html></html>"}
+    server.list_folders()
+    with pytest.raises(InputError):
+        get()
+    errors = capsys.readouterr().err
+    assert "missing: A_*matrix.mtx.gz: " + says.replace("URL", f"{server.url}/data/") in errors
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("link", ["A_x&amp;y%20matrix.mtx.gz", "/data/A_x&amp;y%20matrix.mtx.gz",
+                                  "URL/data/A_x&amp;y%20matrix.mtx.gz"])
+def test_a_listed_name_may_be_a_link_of_any_form_but_never_leads_elsewhere(server, one, link, tmp_path):
+    get = one("A_*matrix.mtx.gz")
+    links = ["A_..%2F..%2Fmatrix.mtx.gz", "A_%5Cmatrix.mtx.gz", "/A_matrix.mtx.gz", "http://elsewhere/A_matrix.mtx.gz",
+             "A_/matrix.mtx.gz", "?A_matrix.mtx.gz", link.replace("URL", server.url)]
+    server.files = {"/data/": "".join(f'<a href="{link}">x</a>' for link in links).encode(),
+                    "/data/A_x&y matrix.mtx.gz": ZIPPED}
+    get()
+    assert contents(tmp_path) == {"to/A_x&y matrix.mtx.gz": ZIPPED}
+
+
+def test_a_folder_that_the_server_lacks_is_named_for_each_of_its_files(server, monkeypatch, tmp_path, capsys):
+    publish(server, "GSE245620", monkeypatch)
+    server.status["/ftp.ncbi.nlm.nih.gov/geo/samples/GSM7845nnn/GSM7845916/suppl/"] = 404
+    with pytest.raises(InputError, match="5 of 20 files"):
+        download.main(["GSE245620", "--to", str(tmp_path)])
+    assert len(re.findall(r"^missing: GSM7845916_.*/GSM7845916/suppl/: 404", capsys.readouterr().err, re.M)) == 5
+    assert len(contents(tmp_path)) == 15
+
+
+# ------------------------------------------------------------------------------------ what is here already
+
+
+def test_a_second_run_fetches_nothing(server, monkeypatch, tmp_path, capsys):
+    publish(server, "GSE245620", monkeypatch)
+    download.main(["GSE245620", "--to", str(tmp_path)])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    server.seen.clear()
+    download.main(["GSE245620", "--to", str(tmp_path)])
+    assert not server.gets()  # the listings are remembered
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert "20 of 20 files are here. To fetch: 0 (0 bytes)" in capsys.readouterr().out
+
+
+def test_a_file_of_known_sum_is_checked_without_the_server(server, one):
+    get = one(digest=hashlib.sha256(BODY).hexdigest())
+    get()
+    server.seen.clear()
+    get()
+    assert not server.seen
+
+
+@pytest.mark.parametrize("path", ["data/1/matrix.mtx.gz", "data/1/matrix.mtx"])
+def test_a_file_that_preprocessing_would_find_is_not_fetched_again(server, one, path, tmp_path):
+    get = one("matrix.mtx.gz", ZIPPED)
+    (tmp_path / "to/data/1").mkdir(parents=True)
+    (tmp_path / "to" / path).write_bytes(ZIPPED if path.endswith(".gz") else BODY)
+    get()
+    assert set(contents(tmp_path / "to")) == {path}
+
+
+@pytest.mark.parametrize("digest", [None, hashlib.sha256(BODY).hexdigest()])
+def test_another_file_in_its_place_is_neither_taken_nor_touched(server, one, digest, tmp_path, capsys):
+    get = one(digest=digest)
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to/slide.tif").write_bytes(BODY[:-1])
+    with pytest.raises(InputError):
+        get()
+    assert f"{tmp_path / 'to/slide.tif'} is there" in (errors := capsys.readouterr().err)
+    assert "Move it away and run again" in errors
+    assert contents(tmp_path / "to") == {"slide.tif": BODY[:-1]}
+
+
+# ------------------------------------------------------------------------------------ before anything is fetched
+
+
+def test_list_prints_urls_and_sizes_and_fetches_nothing(server, monkeypatch, tmp_path, capsys):
+    publish(server, "GSE240429", monkeypatch)
+    download.main(["GSE240429", "--section", "C73_D1", "--to", str(tmp_path / "to"), "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    url = f"{server.url}/ftp.ncbi.nlm.nih.gov/geo/samples/GSM7697nnn/GSM7697871/suppl/GSM7697871_"
+    assert [line.split()[1].removeprefix(url) for line in lines] == [
+        "C73D1_matrix.mtx.gz", "C73D1_barcodes.tsv.gz", "C73D1_features.tsv.gz", "C73D1_tissue_positions_list.csv.gz",
+        "GEX_C73_D1_Merged.tiff.gz"]
+    assert [int(line.split()[0].replace(",", "")) for line in lines] == [
+        len(server.files[line.split()[1].removeprefix(server.url)]) for line in lines]
+    assert not (tmp_path / "to").exists()
+
+
+def test_bytes_are_announced_and_the_disk_must_have_room_for_them(server, one, monkeypatch, tmp_path, capsys):
+    get = one()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=99_999))
+    with pytest.raises(InputError, match="100,000 bytes are to come, but 99,999 are free"):
+        get()
+    assert f"MOB: 0 of 1 files are here. To fetch: 1 (100,000 bytes), to {tmp_path / 'to'}\n" in capsys.readouterr().out
+    assert not (tmp_path / "to").exists()
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    get()
+
+
+def test_a_size_that_the_server_does_not_tell_is_said_so(server, one, monkeypatch, tmp_path, capsys):
+    get = one()
+    monkeypatch.setattr(Handler, "head", lambda self, status, head=Handler.head, **headers:
+                        head(self, status, **{**headers, "Content_Length": None}))
+    get()
+    get("--list")
+    assert "(0 bytes and 1 of unknown size)" in (printed := capsys.readouterr().out)
+    assert "        unknown  http://" in printed
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+
+
+@pytest.mark.parametrize(("flags", "code", "says"), [
+    (["MOB", "--section", "MOB5", "A"], 1, "error: --section A MOB5: MOB has MOB1, MOB2, MOB3, MOB4\n"),
+    (["MOUSE"], 2, "invalid choice: 'MOUSE'"),
+])
+def test_as_a_script_a_mistake_ends_in_one_clear_line(project, flags, code, says):
+    done = subprocess.run([sys.executable, project / "GSE/download.py", *flags], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, timeout=60, check=False)
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
