@@ -49,7 +49,6 @@ from heclip.retrieval import average_expression, random_spots, retrieve
 TRAINED = {
     "HECLIP": (["--recipe", "heclip"], []),
     "published heg": (["--recipe", "published"], []),
-    "published heg, our prediction": (["--recipe", "published"], ["--recipe", "heclip"]),
     "published hvg": (["--recipe", "published", "--type", "hvg"], []),
     "BLEEP": (["--recipe", "bleep"], []),
     "CLIP": (["--recipe", "clip"], []),
