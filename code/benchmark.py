@@ -381,7 +381,7 @@ def retrieval_ours(args, folder):
 
 
 def faiss_search(query, reference, index, similarity, block=1 << 14):
-    """Seconds of faiss's exact index (Johnson et al., IEEE Trans Big Data 2021), if installed; it must find the same."""
+    """Seconds of faiss's exact index (Johnson et al., IEEE Trans Big Data 2021), if installed; finds must agree."""
     try:
         import faiss
     except ImportError:

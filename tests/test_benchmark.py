@@ -78,6 +78,12 @@ def test_peak_memory_is_that_of_the_work_alone():
     assert cost["seconds"] > 0
 
 
+def test_peak_memory_of_workers_is_that_of_the_largest():
+    for size in (60_000_000, 20_000_000):
+        subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
+    assert benchmark.peak_of_children() > 60_000_000
+
+
 def test_real_sizes_give_way_to_flags():
     args = benchmark.parse(["--gpu_full", "--spots", "7"])
     assert (args.encoder, args.image_size, args.batch_size, args.genes) == ("resnet50", 256, 128, 3467)
