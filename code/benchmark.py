@@ -5,8 +5,9 @@
     python code/benchmark.py --big --stages           only a very large slide, and a million reference spots
 
 All data is generated below a temporary folder. Every measurement runs in a process of its own, so that its peak memory
-is its own: above what imports and inputs take, worker processes left out. Pages of mapped files, which the system can
-take back at any time, count too; the column "mapped MB" says how many were held at the end.
+is its own: above what imports and inputs take. Of worker processes only preprocessing's count (--workers): with their
+imports, and each as much as the largest. Pages of mapped files, which the system can take back at any time, count too;
+the column "mapped MB" says how many were held at the end.
 Plain ways: the same work on the same data as a straightforward author writes it (whole slides and dense matrices in
 memory, one patch at a time with table look-ups, float32, loops over genes); their results are compared with ours.
 Ceilings: preprocessing, the raw files' bytes read once, from the page cache; training and encoding, the model alone on
@@ -48,6 +49,7 @@ from heclip.retrieval import retrieve
 
 STAGES = ["preprocessing", "training", "encoding", "retrieval", "scoring"]
 BIG = {"big slide": (25_000, 26_000, 2_300), "big retrieval": (2_000, 1_000_000)}  # H, W, spots; queries, reference
+MAXRSS = 1 if sys.platform == "darwin" else 1024  # bytes in the unit of ru_maxrss
 WIDTH, K = 256, 50  # of an embedding; neighbours retrieved
 GPU_FULL = {"sections": 5, "spots": 2400, "image": (9000, 11000), "all_genes": 36601, "genes": 3467,
             "encoder": "resnet50", "image_size": 256, "batch_size": 128, "queries": 2400, "reference": 12000}
@@ -59,6 +61,7 @@ def parse(argv=None):
     size = command.positive
     flags.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
     flags.add_argument("--sections", type=size, default=1)
+    flags.add_argument("--workers", type=size, default=1, help="of preprocessing")
     flags.add_argument("--spots", type=size, default=600, help="of a section")
     flags.add_argument("--image", type=size, nargs=2, default=(3000, 4000), metavar=("H", "W"), help="of a slide, px")
     flags.add_argument("--all_genes", type=size, default=5000, help="of a raw section")
@@ -116,6 +119,7 @@ def table_row(stage, ours, plain):
             "items/s": ours["items"] / ours["seconds"], "plain s": plain.get("seconds", np.nan),
             "plain/ours": plain.get("seconds", np.nan) / ours["seconds"], "ceiling s": ours["ceiling"],
             "ceiling/ours": ours["ceiling"] / ours["seconds"], "faiss s": ours.get("faiss", np.nan),
+            "faiss/ours": ours.get("faiss", np.nan) / ours["seconds"],
             "MB": ours["mb"], "mapped MB": ours["mapped_mb"], "plain MB": plain.get("mb", np.nan),
             "GPU MB": ours["gpu_mb"], "plain GPU MB": plain.get("gpu_mb", np.nan)}
 
@@ -159,7 +163,12 @@ def memory(what):
     """Bytes of this process's memory: now (VmRSS), of it mapped files (RssFile), at its peak (VmHWM)."""
     if Path("/proc/self/status").exists():
         return int(re.search(rf"{what}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS
+
+
+def peak_of_children():
+    """Bytes of memory at the peak of the largest process that this one has started and seen end; 0 if none."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS
 
 
 # ------------------------------------------------------------------------------------- raw data, preprocessing
@@ -206,8 +215,10 @@ def lattice(n_spots, height, width, patch_px):
 
 def preprocessing_ours(args, folder):
     made, processed = dataset(args), Processed("benchmark")
-    rows, cost = measure(lambda: [preprocess.preprocess_section(made, section, made.raw, processed)
-                                  for section in made.sections])
+    rows, cost = measure(lambda: preprocess.preprocess_sections(
+        [(made, section, made.raw, processed) for section in made.sections], args.workers))
+    if (workers := min(args.workers, args.sections)) > 1:
+        cost["mb"] += workers * peak_of_children() / 1e6
     pd.DataFrame(rows).set_index("section").to_csv(processed.sections_path)
     with open(processed.panel_path("heg"), "w") as file:  # of one section: a union's size cannot be chosen
         file.write(f'# {json.dumps({"sections": processed.roles()[0], "markers": []})}\n')
@@ -368,14 +379,25 @@ def retrieval_ours(args, folder):
     (index, similarity), cost = measure(lambda: retrieve(query, reference, K), repeat=3)
     np.savez(folder / "retrieval.npz", index=index, similarity=similarity)
     cost |= {"items": args.queries, "unit": "queries", "ceiling": product(query, reference)}
+    return cost | faiss_search(query, reference, index, similarity)
+
+
+def faiss_search(query, reference, index, similarity, block=1 << 14):
+    """Seconds of faiss's exact index (Johnson et al., IEEE Trans Big Data 2021), if installed; finds must agree."""
     try:
         import faiss
     except ImportError:
-        return cost
-    query, reference = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, reference))
+        return {}
+    faiss.omp_set_num_threads(torch.get_num_threads())
     exact = faiss.IndexFlatIP(WIDTH)
-    exact.add(reference)
-    return cost | {"faiss": measure(lambda: exact.search(query, K), repeat=3)[1]["seconds"]}
+    for start in range(0, len(reference), block):
+        rows = reference[start:start + block]
+        exact.add(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    query = query / np.linalg.norm(query, axis=1, keepdims=True)
+    (their_similarity, their_index), cost = measure(lambda: exact.search(query, K), repeat=3)
+    np.testing.assert_allclose(similarity, their_similarity, atol=1e-5)
+    assert (index != their_index).mean() < 0.01  # ties, within rounding, may stand in another order
+    return {"faiss": cost["seconds"]}
 
 
 def product(query, reference, block=4096):
@@ -443,8 +465,9 @@ def big_retrieval_ours(args, folder):
         for start in range(0, n_reference, 1 << 14):
             rng.standard_normal((min(1 << 14, n_reference - start), WIDTH), np.float32).tofile(file)
     query, reference = *embeddings(n_query), np.memmap(folder / "big.f32", np.float32, "c", shape=(n_reference, WIDTH))
-    _, cost = measure(lambda: retrieve(query, reference, K))
-    return cost | {"items": n_query, "unit": "queries", "ceiling": product(query, reference)}
+    found, cost = measure(lambda: retrieve(query, reference, K))
+    cost |= {"items": n_query, "unit": "queries", "ceiling": product(query, reference)}
+    return cost | faiss_search(query, reference, *found)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_the_command_prints_and_saves_a_table(project, tmp_path):
     assert machine.removeprefix("# ") in done.stdout
     table = pd.read_csv(tmp_path / "save" / "benchmark.csv", comment="#", index_col="stage")
     assert list(table.index) == ["retrieval", "scoring"]
-    assert np.isfinite(table.drop(columns=["unit", "faiss s"]).to_numpy(float)).all()
+    assert np.isfinite(table.drop(columns=["unit", "faiss s", "faiss/ours"]).to_numpy(float)).all()
     assert table["share"].sum() == pytest.approx(1)
 
 
@@ -76,6 +76,12 @@ def test_peak_memory_is_that_of_the_work_alone():
     _, cost = benchmark.measure(lambda: np.ones(5_000_000).sum())
     assert 30 < cost["mb"] < 80
     assert cost["seconds"] > 0
+
+
+def test_peak_memory_of_workers_is_that_of_the_largest():
+    for size in (60_000_000, 20_000_000):
+        subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
+    assert benchmark.peak_of_children() > 60_000_000
 
 
 def test_real_sizes_give_way_to_flags():

@@ -13,8 +13,7 @@ def log_normalise(adata):
     Modifies adata: X becomes CSR float32 (n_spots, n_genes), in natural-log units. A spot without counts stays zero,
     and does not lower the median.
     """
-    adata.layers["counts"] = adata.X.copy()
-    adata.X = adata.X.astype(np.float32)
+    adata.layers["counts"], adata.X = adata.X, adata.X.astype(np.float32)
     total = np.asarray(adata.X.sum(axis=1)).ravel()
     # Left to itself, scanpy counts the empty spots too in some versions, and not in others.
     scanpy.pp.normalize_total(adata, target_sum=np.median(total[total > 0]))

@@ -3,7 +3,7 @@
 import argparse
 import json
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ def preprocess(dataset, argv=None):
                        help="folder of the raw files, as downloaded or as an old checkout arranged them")
     flags.add_argument("--protocol", choices=["strict", "paper"], default="strict",
                        help="paper: prepare also the published panel and batch correction, over all sections")
-    flags.add_argument("--workers", type=command.positive, default=1, help="sections to work on at the same time")
+    flags.add_argument("--workers", type=command.positive, default=1, help="processes to share the sections between")
     flags.add_argument("--section", nargs="+", choices=[section.name for section in dataset.sections], metavar="NAME",
                        help="prepare these sections only, and no panel: for jobs that share the work. When all are "
                             "done, run once more without this flag")
@@ -36,11 +36,7 @@ def preprocess(dataset, argv=None):
     processed = Processed(dataset.name)
     chosen = [section for section in dataset.sections if args.section is None or section.name in args.section]
     jobs = [(dataset, section, args.raw, processed) for section in chosen]
-    if min(args.workers, len(jobs)) == 1:
-        rows = [preprocess_section(*job) for job in jobs]
-    else:
-        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as workers:
-            rows = list(workers.map(preprocess_section, *zip(*jobs, strict=True)))
+    rows = preprocess_sections(jobs, args.workers)
     if args.section:
         return
     table = pd.DataFrame(rows).set_index("section")
@@ -61,25 +57,61 @@ def preprocess(dataset, argv=None):
     print(f"Look at {ROOT / 'figure' / 'QC' / dataset.name}: every spot must lie on its tissue.")
 
 
+def preprocess_sections(jobs, workers=1):
+    """Prepare sections; jobs are the arguments of `preprocess_section`. Returns their rows of sections.csv.
+
+    In one process they come one after another, but while a section's slide is cropped and its files are written, a
+    thread reads the next one's counts: the two halves take about equally long. Only the calling thread writes files.
+    """
+    if min(workers, len(jobs)) > 1:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            return list(pool.map(preprocess_section, *zip(*jobs, strict=True)))
+    rows, before = [], None
+    with ThreadPoolExecutor(1) as thread:
+        for job in jobs:
+            ahead = thread.submit(read_raw, *job)
+            if before:
+                rows.append(write_processed(*before.result()))
+            before = ahead
+        rows.append(write_processed(*before.result()))
+    return rows
+
+
 def preprocess_section(dataset, section, raw, processed):
     """One section's patches, expression and picture. Returns its row of sections.csv."""
+    return write_processed(*read_raw(dataset, section, raw, processed))
+
+
+def read_raw(dataset, section, raw, processed):
+    """The first half, without pixels: a section's expression, from its processed file if that is up to date.
+
+    Returns what `write_processed` takes.
+    """
     files = {what: sources.find(raw, getattr(section, what), f"{what} of section {section.name}")
              for what in ("counts", "positions", "image")}
     if dataset.symbols:
         files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
     read = sources.files_of(files["counts"]) + [path for what, path in files.items() if what != "counts"]
-    made_from = {"format": FORMAT, "files": {path.name: sha256(path) for path in read},
+    earlier = processed.section_path(section.name).exists() and processed.patches_path(section.name).exists()
+    with ThreadPoolExecutor(1) as thread:
+        hashes = thread.submit(lambda: {path.name: sha256(path) for path in read})
+        adata = processed.read(section.name) if earlier else read_section(dataset, section, files)
+    made_from = {"format": FORMAT, "files": hashes.result(),
                  "n_spots": section.n_spots, "patch_px": dataset.patch_px, "min_counts": dataset.min_counts,
                  "pitch_um": dataset.pitch_um, "spot_um": dataset.spot_um}
-    picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.png"
-
-    section_path, patches_path = processed.section_path(section.name), processed.patches_path(section.name)
-    adata = processed.read(section.name) if section_path.exists() and patches_path.exists() else None
-    anew = adata is None or json.loads(adata.uns["made_from"]) != made_from
+    anew = not earlier or json.loads(adata.uns["made_from"]) != made_from
     if anew:
-        print(f"{section.name}: reading {', '.join(path.name for path in files.values())}", flush=True)
-        adata = read_section(dataset, section, files)
+        if earlier:
+            adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
+    return dataset, section, processed, files, adata, anew
+
+
+def write_processed(dataset, section, processed, files, adata, anew):
+    """The second half: patches, the section's files and its picture, if made anew. Returns its row of sections.csv."""
+    picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.png"
+    section_path, patches_path = processed.section_path(section.name), processed.patches_path(section.name)
+    if anew:
         mpp = dataset.pitch_um / pitch(adata, files["positions"])
         # Both files appear at once, so that patches of one version never meet expression of another.
         with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
@@ -95,14 +127,16 @@ def preprocess_section(dataset, section, raw, processed):
                 drop_corrected(processed, section.name, panel_type)  # it was made from what is replaced now
     if anew or not picture.exists():
         figures.spots_over_slide(adata, section.name, picture)
+    hashes = json.loads(adata.uns["made_from"])["files"]
     return {"section": section.name, "donor": section.donor, "role": section.role, "n_spots": adata.n_obs,
             "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"], "patch_px": dataset.patch_px,
             "padded": int(adata.uns["padded"]), "image": files["image"].name,
-            "sha256": " ".join(f"{name}:{digest}" for name, digest in made_from["files"].items())}
+            "sha256": " ".join(f"{name}:{digest}" for name, digest in hashes.items())}
 
 
 def read_section(dataset, section, files):
     """Counts and positions of one section, joined, checked against its reported size, and log-normalised."""
+    print(f"{section.name}: reading {', '.join(path.name for path in files.values())}", flush=True)
     counts, spots = sources.read_counts(files["counts"]), sources.read_positions(files["positions"])
     adata = sources.join(counts, spots, files["counts"], files["positions"])
     if section.n_spots is not None and adata.n_obs != section.n_spots:
@@ -116,7 +150,8 @@ def read_section(dataset, section, files):
     if total.max() < max(1, dataset.min_counts):
         raise InputError(f"section {section.name}: no spot of {files['counts']} has {max(1, dataset.min_counts)} "
                          f"counts or more (min_counts of dataset {dataset.name}); the fullest has {total.max()}")
-    adata = adata[total >= dataset.min_counts].copy()
+    if (enough := total >= dataset.min_counts).sum() < len(total):
+        adata = adata[enough].copy()
     expression.log_normalise(adata)
     expression.gene_statistics(adata)
     return adata

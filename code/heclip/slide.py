@@ -212,9 +212,9 @@ def crop_patches(slide, xy, size, path):
                     if over_edge[i]:
                         patch = repeat_edge(patch, lefts[i], tops[i], slide)
                     file.seek(start + i * patch.nbytes)
-                    file.write(patch.tobytes())
+                    file.write(np.ascontiguousarray(patch))
                     del open_patches[i]
-            pending = np.concatenate([pending, band])
+            pending = np.concatenate([pending, band]) if len(pending) else band
             whole = len(pending) // shrink * shrink
             if whole:
                 thumbnail.append(np.asarray(Image.fromarray(pending[:whole, :slide.width // shrink * shrink])
