@@ -50,10 +50,10 @@ def main(argv=None):
     else:
         for line in renamed:
             print(f"genes: {line}")
-        words = [str(path.resolve()) if word == args.sheet else word for word in argv]
-        words = shlex.join(["python", "code/preprocess_custom.py", *words])
+        words = ["python", "code/preprocess_custom.py",
+                 *(str(path.resolve()) if word == args.sheet else word for word in argv)]
         dataset = Dataset(name, sections, args.n_hvg, args.n_heg, markers=tuple(args.markers),
-                          min_counts=args.min_counts, command=words)
+                          min_counts=args.min_counts, command=shlex.join(words))
         preprocess.prepare(dataset, args)
 
 

@@ -149,6 +149,8 @@ class Processed:
         table = pd.read_csv(self.need(self.sections_path), dtype={"section": str, "donor": str}, index_col="section")
         if not table.index.is_unique:
             raise InputError(f"{self.sections_path} names a section twice. Make it anew with the preprocess script")
+        if "crop_px" not in table:  # written before patches could be resampled
+            table["crop_px"] = table["patch_px"]
         return table
 
     def read(self, section):

@@ -8,6 +8,7 @@ raised at the first, so that a sheet can be mended in one go. Folders: 10x Genom
 import csv
 import json
 import re
+import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from . import preprocess, slide, sources
-from .dataset import Section, first_line
+from .dataset import ROOT, Section, first_line
 from .files import InputError
 
 NEEDED = ["section", "counts", "donor", "role"]
@@ -309,6 +310,8 @@ def agree(tables):
     everywhere. Returns (section -> {old id: new id}, lines that report what was done).
     """
     report = []
+    if len({tuple(table.index) for table in tables.values()}) < 2:
+        return {}, report
     ids = {name: table.index.to_series() for name, table in tables.items()}  # section -> new id by old id
     by_symbol = [name for name, table in tables.items() if (table.index == table["symbol"]).all()
                  and table.index.str.fullmatch(ENSEMBL.pattern).mean() < 0.5]
@@ -372,7 +375,12 @@ def check(sections, settings, problems):
     if settings.patch_um is None and len(widths) and widths.max() > 1.2 * widths.min():
         notes.append(f"a patch shows {widths.min():.0f} µm of {widths.idxmin()} and {widths.max():.0f} µm of "
                      f"{widths.idxmax()}: --patch_um {widths.min():.0f} would make them alike")
-    notes.append(f"the patches will take {table['spots'].sum() * settings.patch_px**2 * 3 / 1e9:,.2f} GB")
+    size = table["spots"].sum() * settings.patch_px**2 * 3 / 1e9
+    free = shutil.disk_usage(ROOT if ROOT.exists() else Path()).free / 1e9
+    notes.append(f"the patches will take {size:,.2f} GB")
+    if size > free:
+        problems.append(f"the patches need {size:,.0f} GB, but {ROOT} has {free:,.0f} GB free. Choose a smaller "
+                        "--patch_px, fewer sections or larger bins")
     return table, notes
 
 

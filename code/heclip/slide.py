@@ -284,7 +284,7 @@ class StoredPatches:
         if not kept.any():
             raise InputError(f"{self.path} has none of the section's {adata.n_obs} spots; its own barcodes begin "
                              f"{', '.join(self.row.index[:2])}. It is another section's")
-        return adata[kept]
+        return adata[kept].copy()
 
     def crop_px(self, adata):
         """The side of what a patch shows, in full-resolution pixels: twice the way from its corner to its spot."""
