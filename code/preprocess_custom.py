@@ -25,6 +25,8 @@ def parse(argv):
     flags.add_argument("--n_hvg", type=command.positive, default=1000, help="variable genes that each section adds")
     flags.add_argument("--n_heg", type=command.positive, default=3200, help="expressed genes that each section adds")
     flags.add_argument("--markers", nargs="+", default=(), metavar="SYMBOL", help="genes to score and map by name")
+    flags.add_argument("--symbols", type=Path, default=(), metavar="FILE",
+                       help="table with the columns gene_id and gene_name, for counts without symbols")
     flags.add_argument("--min_counts", type=int, default=0, help="drop spots with fewer counts in all")
     preprocess.add_flags(flags, Dataset.patch_px)
     flags.set_defaults(raw=None)  # the sheet has exact paths
@@ -53,14 +55,14 @@ def main(argv=None):
         words = ["python", "code/preprocess_custom.py",
                  *(str(path.resolve()) if word == args.sheet else word for word in argv)]
         dataset = Dataset(name, sections, args.n_hvg, args.n_heg, markers=tuple(args.markers),
-                          min_counts=args.min_counts, command=shlex.join(words))
+                          symbols=args.symbols, min_counts=args.min_counts, command=shlex.join(words))
         preprocess.prepare(dataset, args)
 
 
 def check(args, sections, problems, ignored, renamed):
     """Print what was found in a sheet's sections, and all that is wrong; an error if anything is."""
     table, notes = sheet.check(sections, args, problems)
-    print(table.to_string(float_format=lambda value: f"{value:.4g}", na_rep="?"))
+    print(table.to_string(float_format=lambda value: f"{value:.0f}" if value >= 1000 else f"{value:.4g}", na_rep="?"))
     if ignored:
         notes.append(f"columns not used: {', '.join(ignored)}")
     for line in [*(f"genes: {line}" for line in renamed), *notes]:

@@ -296,6 +296,8 @@ def test_hests_own_pixel_size_counts_where_there_is_no_lattice(tmp_path):
     assert (without.pitch_um, without.mpp) == (None, 3.0)
     stated, = sheet.read_sheet(write_sheet(tmp_path, {"A1": cells | {"mpp": "2.5"}}))[0]
     assert stated.mpp == 2.5
+    pitched, = sheet.read_sheet(write_sheet(tmp_path, {"A1": cells | {"pitch": "200"}}))[0]
+    assert (pitched.pitch_um, pitched.mpp) == (200, None)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])

@@ -49,7 +49,7 @@ class Dataset:
 
     n_hvg, n_heg: genes that each section contributes to the panel's union.
     markers: symbols whose scores and maps are shown by name.
-    symbols: glob patterns of a table gene_id -> gene_name, for counts that carry no symbols.
+    symbols: glob patterns of a table gene_id -> gene_name, or its Path, for counts that carry no symbols.
     pitch_um, spot_um: distance of neighbouring spots and their diameter in microns (Visium 100 and 55, legacy
     Spatial Transcriptomics 200 and 100).
     patch_px: side of the stored patches in pixels, which are the image's own unless patch_um says otherwise.
@@ -63,7 +63,7 @@ class Dataset:
     n_hvg: int
     n_heg: int
     markers: tuple = ()
-    symbols: tuple = ()
+    symbols: tuple | Path = ()
     pitch_um: float = 100.0
     spot_um: float = 55.0
     patch_px: int = 256
