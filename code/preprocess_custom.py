@@ -53,7 +53,7 @@ def main(argv=None):
         for line in renamed:
             print(f"genes: {line}")
         words = ["python", "code/preprocess_custom.py",
-                 *(str(path.resolve()) if word == args.sheet else word for word in argv)]
+                 *(str(Path(word).resolve()) if word in (args.sheet, str(args.symbols)) else word for word in argv)]
         dataset = Dataset(name, sections, args.n_hvg, args.n_heg, markers=tuple(args.markers),
                           symbols=args.symbols, min_counts=args.min_counts, command=shlex.join(words))
         preprocess.prepare(dataset, args)

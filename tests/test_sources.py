@@ -594,7 +594,8 @@ def test_a_broken_anndata_is_an_error_that_names_the_file(tmp_path, read, damage
 
 @pytest.mark.parametrize(("in_tissue", "kept"), [
     ([1, 0, 1, 1, 1, 1, 1], 6), ([True, False] * 3 + [True], 4),
-    (pd.Categorical(["0", "1", "1", "0", "1", "1", "1"]), 5), ([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 1), (None, 7)], ids=["numbers", "truth", "categories", "decimals", "absent"])
+    (pd.Categorical(["0", "1", "1", "0", "1", "1", "1"]), 5), ([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 1), (None, 7),
+], ids=["numbers", "truth", "categories", "decimals", "absent"])
 def test_positions_of_an_anndata_are_its_own(tmp_path, in_tissue, kept):
     adata, (_, barcodes, *_) = an_anndata(**{} if in_tissue is None else {"in_tissue": in_tissue})
     adata.write_h5ad(tmp_path / "a.h5ad")
@@ -713,8 +714,10 @@ def test_liver_positions_give_the_published_spots_and_scale(real_data, slot):
 
 @pytest.mark.parametrize("section", DLPFC)
 def test_cortex_positions_give_the_published_spots_and_scale(real_data, section):
-    path = real_data("spatialLIBD") / section / "tissue_positions_list.txt"
-    assert_spots_and_mpp(sources.read_positions(path), *DLPFC[section])
+    spots = sources.read_positions(real_data("spatialLIBD") / section / "tissue_positions_list.txt")
+    assert_spots_and_mpp(spots, *DLPFC[section])
+    measured = sources.spot_pitch(spots[spots["in_tissue"]].drop(columns=["array_row", "array_col"]))
+    assert 100 / measured == pytest.approx(DLPFC[section][1], rel=1e-3)  # between neighbours, as well as by the lattice
 
 
 @pytest.mark.parametrize(("folder", "name", "n_spots", "mpp"), [

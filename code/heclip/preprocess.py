@@ -104,7 +104,7 @@ def preprocess_section(dataset, section, raw, processed):
     adata = processed.read(section.name) if section_path.exists() and patches_path.exists() else None
     anew = adata is None or json.loads(adata.uns["made_from"]) != made_from
     if anew:
-        print(f"{section.name}: reading {', '.join(path.name for path in files.values())}", flush=True)
+        print(f"{section.name}: reading {', '.join(dict.fromkeys(path.name for path in files.values()))}", flush=True)
         adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
         mpp = microns_per_pixel(section, adata, files["positions"], dataset.pitch_um)
