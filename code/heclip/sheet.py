@@ -84,7 +84,8 @@ def read_lines(path):
     except FileNotFoundError:
         raise InputError(f"{path} is missing: the sample sheet") from None
     except (OSError, ValueError, EOFError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a sample sheet ({first_line(error)}). Save it as CSV") from None
+        raise InputError(f"{path} cannot be read as a sample sheet ({first_line(error)}). Save it as CSV in "
+                         "UTF-8") from None
     columns = [cell.strip().lower() for cell in rows[0]] if rows else []
     if len(set(columns)) < len(columns):
         raise InputError(f"{path}: a column stands twice in its first line, {head!r}")
