@@ -88,15 +88,17 @@ def main(argv=None):
 
     # Data: the reference sections' spots, split so that no validation patch shows training tissue.
     processed = Processed(args.dataset)
+    table = processed.sections()
     reference, _ = processed.roles(args.query)
     panel_name = run_name(args.panel or args.type, args.protocol)
     panel = processed.panel_for(panel_name, reference)
-    patch_px = int(processed.sections()["patch_px"].iloc[0])
+    patch_px = int(table["patch_px"].iloc[0])
     spots = Spots(processed, reference, panel_name, panel, device)
-    training, validation = split_spots(spots, patch_px, args.val_fraction, args.protocol, args.seed)
+    training, validation = split_spots(spots, table["crop_px"], args.val_fraction, args.protocol, args.seed)
     if len(training) < 2 or (args.val_fraction and len(validation) < 2):
         raise InputError(f"{len(training)} training and {len(validation)} validation spots are too few: with patches "
-                         f"of {patch_px} px, --val_fraction {args.val_fraction} leaves none apart. Choose another")
+                         f"of {table['crop_px'].max()} px, --val_fraction {args.val_fraction} leaves none apart. "
+                         "Choose another")
     say(f"{args.dataset} {name}: {len(panel)} genes; {', '.join(reference)}: {len(training)} training and "
         f"{len(validation)} validation spots, {len(spots) - len(training) - len(validation)} between them left out")
 

@@ -177,12 +177,17 @@ def test_a_missing_section_is_an_error_that_names_its_file():
 SHAPES = {"one": (12, 15), "two": (12, 15), "three": (9, 7)}  # the first two have the same coordinates
 
 
+def everywhere(crop_px):
+    """The same size of patch in every section."""
+    return dict.fromkeys(SHAPES, crop_px)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.4])
 @pytest.mark.parametrize("protocol", ["strict", "paper"])
 def test_no_spot_is_on_both_sides_and_both_are_sorted(protocol, fraction, seed):
     spots = Lattice(SHAPES)
-    training, validation = split_spots(spots, 56, fraction, protocol, seed)
+    training, validation = split_spots(spots, everywhere(56), fraction, protocol, seed)
     assert training.dtype == validation.dtype == torch.int64
     assert not set(training.tolist()) & set(validation.tolist())
     for side in (training, validation):
@@ -196,7 +201,7 @@ def test_no_spot_is_on_both_sides_and_both_are_sorted(protocol, fraction, seed):
 @pytest.mark.parametrize("patch_px", [17, 40, 56, 64])
 def test_no_strict_validation_patch_shares_a_pixel_with_a_training_patch_of_its_section(patch_px, seed):
     spots = Lattice(SHAPES)
-    training, validation = split_spots(spots, patch_px, 0.2, "strict", seed)
+    training, validation = split_spots(spots, everywhere(patch_px), 0.2, "strict", seed)
     shared = [(t, v) for v in validation.tolist() for t in training.tolist() if spots.section[t] == spots.section[v]
               and abs(spots.xy[t] - spots.xy[v]).max() < 2 * patch_px
               and share_a_pixel(spots.xy[t], spots.xy[v], patch_px)]
@@ -206,7 +211,7 @@ def test_no_strict_validation_patch_shares_a_pixel_with_a_training_patch_of_its_
 @pytest.mark.parametrize("patch_px", [17, 40, 56])
 def test_a_strict_split_leaves_out_only_spots_whose_patch_shares_a_pixel_with_validation(patch_px):
     spots = Lattice(SHAPES)
-    training, validation = split_spots(spots, patch_px, 0.2, "strict", 0)
+    training, validation = split_spots(spots, everywhere(patch_px), 0.2, "strict", 0)
     left_out = set(range(len(spots))) - set(training.tolist()) - set(validation.tolist())
     assert bool(left_out) == (patch_px > 40 * 0.87)
     for spot in left_out:
@@ -214,23 +219,35 @@ def test_a_strict_split_leaves_out_only_spots_whose_patch_shares_a_pixel_with_va
                    if spots.section[v] == spots.section[spot])
 
 
+def test_a_strict_split_keeps_patches_apart_by_the_size_that_they_have_in_each_section():
+    spots, sizes = Lattice(SHAPES), {"one": 17, "two": 56, "three": 90}  # the same tissue at different resolutions
+    training, validation = split_spots(spots, sizes, 0.2, "strict", 0)
+    for section, size in sizes.items():
+        v, t = (side[spots.section[side] == section] for side in (validation.numpy(), training.numpy()))
+        nearest = np.abs(spots.xy[t][:, None] - spots.xy[v][None]).max(axis=2).min(axis=1)
+        assert nearest.min() >= size
+        left_out = np.setdiff1d(np.flatnonzero(spots.section == section), np.concatenate([t, v]))
+        assert bool(len(left_out)) == (size > 40)
+        assert all(np.abs(spots.xy[spot] - spots.xy[v]).max(axis=1).min() < size for spot in left_out)
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.33])
 def test_a_strict_split_takes_the_fraction_of_every_section(fraction):
     spots = Lattice(SHAPES)
-    _, validation = split_spots(spots, 56, fraction, "strict", 3)
+    _, validation = split_spots(spots, everywhere(56), fraction, "strict", 3)
     for name, (rows, columns) in SHAPES.items():
         assert (spots.section[validation] == name).sum() == round(fraction * rows * columns)
 
 
 def test_a_strict_validation_set_is_one_compact_window_of_tissue():
     spots = Lattice({"one": (30, 30)})
-    _, validation = split_spots(spots, 56, 0.04, "strict", 1)  # 36 spots, about 6 x 6 of pitch 40
+    _, validation = split_spots(spots, everywhere(56), 0.04, "strict", 1)  # 36 spots, about 6 x 6 of pitch 40
     assert np.ptp(spots.xy[validation], axis=0).max() <= 12 * 40  # at the edge of the tissue up to twice as long
 
 
 def test_sections_at_the_same_coordinates_do_not_thin_each_other_out():
     both = Lattice({"one": (12, 15), "two": (12, 15)})
-    training, validation = split_spots(both, 56, 0.2, "strict", 7)
+    training, validation = split_spots(both, everywhere(56), 0.2, "strict", 7)
     first = set(validation[validation < 180].tolist())
     other = {spot - 180 for spot in validation[validation >= 180].tolist()}
     assert first != other  # each section draws its own window ...
@@ -241,18 +258,18 @@ def test_sections_at_the_same_coordinates_do_not_thin_each_other_out():
 @pytest.mark.parametrize("protocol", ["strict", "paper"])
 def test_the_same_seed_gives_the_same_split_and_another_seed_another(protocol):
     spots = Lattice(SHAPES)
-    one, again, other = (split_spots(spots, 56, 0.2, protocol, seed) for seed in (5, 5, 6))
+    one, again, other = (split_spots(spots, everywhere(56), 0.2, protocol, seed) for seed in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one[1], other[1])
 
 
 def test_the_paper_split_is_a_random_draw_that_uses_every_spot():
     spots = Lattice(SHAPES)
-    training, validation = split_spots(spots, 56, 0.2, "paper", 0)
+    training, validation = split_spots(spots, everywhere(56), 0.2, "paper", 0)
     assert len(validation) == round(0.2 * len(spots))
     assert len(training) + len(validation) == len(spots)
     assert np.ptp(spots.xy[validation], axis=0).min() > 0.9 * np.ptp(spots.xy, axis=0).min()  # spread over the tissue
-    drawn = np.concatenate([split_spots(spots, 56, 0.2, "paper", seed)[1] for seed in range(200)])
+    drawn = np.concatenate([split_spots(spots, everywhere(56), 0.2, "paper", seed)[1] for seed in range(200)])
     often = np.bincount(drawn, minlength=len(spots))
     assert often.min() > 40 - 5 * 32**0.5  # each spot in one draw of five
     assert often.max() < 40 + 5 * 32**0.5

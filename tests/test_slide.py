@@ -319,3 +319,28 @@ def test_pillows_limit_holds_again_after_a_slide_was_read(tmp_path):
     crop(tmp_path / "slide.png", some_spots())
     assert limit == Image.MAX_IMAGE_PIXELS
     assert limit is not None
+
+
+# ------------------------------------------------------------------------- patches at another size
+
+
+@pytest.mark.parametrize(("size", "stored"), [(32, 16), (31, 16), (16, 32), (16, 16)])
+def test_patches_are_resampled_one_by_one(tmp_path, size, stored):
+    image, xy = an_image(140, 90), np.array([[5, 5], [45, 70], [89, 139]])
+    Image.fromarray(image).save(tmp_path / "a.png")
+    with slide.open_slide(tmp_path / "a.png", tmp_path / "scratch") as opened:
+        slide.crop_patches(opened, xy, size, tmp_path / "patches.npy", stored)
+    expected = [np.asarray(Image.fromarray(patch).resize((stored, stored), Image.Resampling.BILINEAR))
+                for patch in obvious_patches(image, xy, size)]
+    np.testing.assert_array_equal(np.load(tmp_path / "patches.npy"), expected)
+
+
+def test_shrunk_patches_are_antialiased(tmp_path):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 200  # finer than the smaller patch can show: it must become grey, not black or white
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    with slide.open_slide(tmp_path / "a.png", tmp_path / "scratch") as opened:
+        slide.crop_patches(opened, np.array([[32, 32]]), 32, tmp_path / "patches.npy", 8)
+    patch = np.load(tmp_path / "patches.npy")[0]
+    assert patch.min() > 80
+    assert patch.max() < 120

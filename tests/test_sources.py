@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import re
+import sys
 
 import anndata
 import h5py
@@ -549,6 +550,145 @@ def test_a_folder_that_matches_is_not_taken_for_the_file(tmp_path):
         sources.find(tmp_path, ["**/x.csv"], "positions")
 
 
+# ------------------------------------------------------------------------- AnnData, parquet, and genes alone
+
+
+def an_anndata(seed=0, **obs):
+    """A matrix of 7 spots with everything that spots need; obs: further columns."""
+    counts, barcodes, ids, symbols = a_matrix(seed=seed)
+    table = spots_for(barcodes, True)
+    adata = anndata.AnnData(scipy.sparse.csc_matrix(counts.astype(np.float32)), obs=pd.DataFrame(obs, index=barcodes),
+                            var=pd.DataFrame({"gene_name": symbols}, index=ids))
+    adata.obsm["spatial"] = table[["x", "y"]].to_numpy()
+    return adata, (counts, barcodes, ids, symbols)
+
+
+@pytest.mark.parametrize("matrix", ["sparse", "dense", "layer"])
+def test_an_anndata_is_read_as_counts(tmp_path, matrix):
+    adata, expected = an_anndata()
+    if matrix == "dense":
+        adata.X = adata.X.toarray()
+    if matrix == "layer":
+        adata.layers["counts"], adata.X = adata.X.copy(), adata.X.log1p()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert_holds(sources.read_counts(tmp_path / "a.h5ad"), *expected)
+
+
+def test_an_anndata_of_normalised_values_is_told_where_counts_are_looked_for(tmp_path):
+    adata, _ = an_anndata()
+    adata.X = adata.X.log1p()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(InputError, match=r'a\.h5ad: holds values that are not counts.*in layers\["counts"\] or X'):
+        sources.read_counts(tmp_path / "a.h5ad")
+
+
+@pytest.mark.parametrize("read", [sources.read_counts, sources.read_genes, sources.read_positions])
+@pytest.mark.parametrize("damage", [cut, lambda path: path.unlink(), lambda path: write_h5(path, *a_matrix())])
+def test_a_broken_anndata_is_an_error_that_names_the_file(tmp_path, read, damage):
+    path = tmp_path / "a.h5ad"
+    an_anndata()[0].write_h5ad(path)
+    damage(path)
+    with pytest.raises(InputError, match=re.escape(str(path)) + " is (damaged|missing|HDF5, but not an AnnData)"):
+        read(path)
+
+
+@pytest.mark.parametrize(("in_tissue", "kept"), [
+    ([1, 0, 1, 1, 1, 1, 1], 6), ([True, False] * 3 + [True], 4),
+    (pd.Categorical(["0", "1", "1", "0", "1", "1", "1"]), 5), ([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 1), (None, 7),
+], ids=["numbers", "truth", "categories", "decimals", "absent"])
+def test_positions_of_an_anndata_are_its_own(tmp_path, in_tissue, kept):
+    adata, (_, barcodes, *_) = an_anndata(**{} if in_tissue is None else {"in_tissue": in_tissue})
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    spots = sources.read_positions(tmp_path / "a.h5ad")
+    assert spots.index.tolist() == barcodes
+    assert spots["in_tissue"].sum() == kept
+    assert spots["x"].tolist() == [0, 10, 20, 30, 40, 50, 60]
+    assert spots["y"].tolist() == [0, 100, 200, 300, 400, 500, 600]
+    assert "array_row" not in spots
+    assert spots.attrs["kind"] == "h5ad, no array"
+
+
+def test_positions_of_an_anndata_may_stand_in_its_obs(tmp_path):
+    adata, _ = an_anndata(pxl_col_in_fullres=range(7), pxl_row_in_fullres=range(70, 77), array_row=1,
+                          array_col=range(7))
+    del adata.obsm["spatial"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    spots = sources.read_positions(tmp_path / "a.h5ad")
+    assert spots.iloc[2].tolist() == [True, 1, 2, 2.0, 72.0]
+    adata.obs = adata.obs[["array_row"]]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(InputError, match=r'a\.h5ad: has neither obsm\["spatial"\] nor'):
+        sources.read_positions(tmp_path / "a.h5ad")
+
+
+def test_parquet_positions_are_read_as_space_rangers_csv(tmp_path):
+    pytest.importorskip("pyarrow")
+    POSITIONS.astype({"in_tissue": np.uint8, "array_row": np.uint32, "pxl_row_in_fullres": float}).to_parquet(
+        tmp_path / "tissue_positions.parquet")
+    spots = sources.read_positions(tmp_path / "tissue_positions.parquet")
+    pd.testing.assert_frame_equal(spots, sources.read_positions(write_positions(tmp_path / "list.csv")))
+    POSITIONS.drop(columns="array_row").to_parquet(tmp_path / "less.parquet")
+    with pytest.raises(InputError, match=r"less\.parquet: its header lacks array_row"):
+        sources.read_positions(tmp_path / "less.parquet")
+    cut(tmp_path / "less.parquet")
+    with pytest.raises(InputError, match=r"less\.parquet is damaged"):
+        sources.read_positions(tmp_path / "less.parquet")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "tissue_positions.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "fastparquet", None)
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        sources.read_positions(tmp_path / "tissue_positions.parquet")
+
+
+@pytest.mark.parametrize("write", [
+    lambda folder, *a: write_mtx(folder, *a), lambda folder, *a: write_mtx(folder, *a, suffix=".gz"),
+    lambda folder, *a: write_h5(folder / "a.h5", *a)], ids=["mtx", "mtx.gz", "h5"])
+def test_genes_alone_are_those_of_the_counts(tmp_path, write):
+    kinds = ["Gene Expression", "Antibody Capture", *["Gene Expression"] * 3]
+    path = write(tmp_path, *a_matrix(), kinds)
+    pd.testing.assert_frame_equal(sources.read_genes(path), sources.read_counts(path).var)
+    assert len(sources.read_genes(path)) == 4
+
+
+def test_genes_alone_of_other_formats_too(tmp_path):
+    counts, barcodes, ids, symbols = a_matrix()
+    an_anndata()[0].write_h5ad(tmp_path / "a.h5ad")
+    paths = [write_h5(tmp_path / "old.h5", counts, barcodes, ids, symbols, genome="mm10"), tmp_path / "a.h5ad",
+             write_mtx(tmp_path, counts, barcodes, ids, symbols, features="genes.tsv"),
+             write_st(tmp_path / "st.tsv.gz", counts, barcodes, ids)]
+    cornerless = write_st(tmp_path / "cornerless.tsv", counts, barcodes, ids)
+    cornerless.write_text(cornerless.read_text().removeprefix("\t"))
+    for path in [*paths, cornerless]:
+        pd.testing.assert_frame_equal(sources.read_genes(path), sources.read_counts(path).var)
+        assert sources.read_genes(path).index.tolist() == ids
+
+
+@pytest.mark.parametrize("turn", [0, 0.3, np.pi / 2])
+@pytest.mark.parametrize("staggered", [True, False])
+@pytest.mark.parametrize("jitter", [0, 2])
+def test_without_an_array_the_pitch_is_measured_between_neighbours(turn, staggered, jitter):
+    spots = lattice(30, 40, 100.0, staggered, turn, keep=0.9).drop(columns=["array_row", "array_col"])
+    spots[["x", "y"]] += np.random.default_rng(0).normal(0, jitter, (len(spots), 2))
+    assert sources.spot_pitch(spots) == pytest.approx(100, rel=0.002)
+
+
+@pytest.mark.parametrize("xy", [[[5, 5]], [[5, 5], [5, 5], [5, 5]]])
+def test_spots_without_a_neighbour_have_no_pitch(xy):
+    with pytest.raises(ValueError, match="too few"):
+        sources.spot_pitch(pd.DataFrame(xy, columns=["x", "y"]))
+
+
+def test_an_anndata_may_lack_spots_but_not_all_of_them(tmp_path):
+    adata, (_, barcodes, *_) = an_anndata()
+    joined = sources.join(adata[2:], spots_for(barcodes, True), "filtered.h5ad", "positions.csv")
+    assert joined.obs_names.tolist() == barcodes[2:]
+    with pytest.raises(InputError, match="lacks 7 of the 7 spots"):
+        sources.join(adata[:0], spots_for(barcodes, True), "filtered.h5ad", "positions.csv")
+
+
 # ------------------------------------------------------------------------- real data
 
 GSE240429 = {1: (2378, 0.3036), 2: (2349, 0.3036), 3: (2277, 0.3036), 4: (2265, 0.3035)}
@@ -574,8 +714,10 @@ def test_liver_positions_give_the_published_spots_and_scale(real_data, slot):
 
 @pytest.mark.parametrize("section", DLPFC)
 def test_cortex_positions_give_the_published_spots_and_scale(real_data, section):
-    path = real_data("spatialLIBD") / section / "tissue_positions_list.txt"
-    assert_spots_and_mpp(sources.read_positions(path), *DLPFC[section])
+    spots = sources.read_positions(real_data("spatialLIBD") / section / "tissue_positions_list.txt")
+    assert_spots_and_mpp(spots, *DLPFC[section])
+    measured = sources.spot_pitch(spots[spots["in_tissue"]].drop(columns=["array_row", "array_col"]))
+    assert 100 / measured == pytest.approx(DLPFC[section][1], rel=1e-3)  # between neighbours, as well as by the lattice
 
 
 @pytest.mark.parametrize(("folder", "name", "n_spots", "mpp"), [

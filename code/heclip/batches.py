@@ -82,11 +82,12 @@ class Patches:
                 yield ahead.popleft().result().to(self.device, non_blocking=True)
 
 
-def split_spots(spots, patch_px, fraction, protocol, seed):
+def split_spots(spots, crop_px, fraction, protocol, seed):
     """Choose validation spots; no spot is on both sides. Returns (training, validation) indices, int64, sorted.
 
     strict: in each section the `fraction` of spots nearest to one drawn at random, a window of tissue; the spots whose
     patches share a pixel with a patch of the window are left out of both. paper: a random draw over all spots.
+    crop_px: section -> side of what its patches show, in the pixels of spots.xy.
     """
     rng = np.random.default_rng(seed)
     everything = np.arange(len(spots))
@@ -102,8 +103,8 @@ def split_spots(spots, patch_px, fraction, protocol, seed):
         inside[np.argsort(distance, kind="stable")[:round(fraction * len(index))]] = True
         validation.append(index[inside])
         if inside.any():
-            nearest, _ = cKDTree(xy[inside]).query(xy, p=np.inf)  # patches overlap below patch_px on both axes
-            inside = nearest < patch_px
+            nearest, _ = cKDTree(xy[inside]).query(xy, p=np.inf)  # patches overlap below crop_px on both axes
+            inside = nearest < crop_px[section]
         training.append(index[~inside])
     return torch.from_numpy(np.concatenate(training)), torch.from_numpy(np.concatenate(validation))
 

@@ -60,6 +60,14 @@ def positive(text):
     return number
 
 
+def above_zero(text):
+    """An argument that must be a number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
 def pick_device(name):
     """The torch device of that name; `auto` takes a GPU, then Apple's, then the CPU."""
     import torch

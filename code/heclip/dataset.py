@@ -5,7 +5,7 @@ The tree below `ROOT` is the contract between the stages: see "Files" in the REA
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pandas as pd
 
 from .files import InputError
 
+SCRIPTS = Path(__file__).parents[1]
 ROOT = Path(os.environ.get("HECLIP_ROOT") or Path(__file__).resolve().parents[2])
 
 
@@ -20,17 +21,26 @@ ROOT = Path(os.environ.get("HECLIP_ROOT") or Path(__file__).resolve().parents[2]
 class Section:
     """One piece of tissue on one capture area.
 
-    counts, positions, image: glob patterns below the raw folder, tried in order; `.gz` may follow each.
+    counts, positions, image: glob patterns below the raw folder, tried in order; `.gz` may follow each. Or a Path:
+    that very file.
     n_spots: the number of spots under tissue that its authors report; another number is an error.
+    pitch_um: distance of neighbouring spots in microns, where it is not the dataset's.
+    mpp: microns per pixel of the image, where they are known otherwise than from the pitch.
+    scale: pixels of the image per pixel of the positions: below 1 for an image smaller than the one they refer to.
+    new_ids: gene id -> the id that the other sections have for it.
     """
 
     name: str
     donor: str
     role: str  # "reference" | "query"
-    counts: list
-    positions: list
-    image: list
+    counts: list | Path
+    positions: list | Path
+    image: list | Path
     n_spots: int | None = None
+    pitch_um: float | None = None
+    mpp: float | None = None
+    scale: float = 1.0
+    new_ids: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,13 @@ class Dataset:
 
     n_hvg, n_heg: genes that each section contributes to the panel's union.
     markers: symbols whose scores and maps are shown by name.
-    symbols: glob patterns of a table gene_id -> gene_name, for counts that carry no symbols.
+    symbols: glob patterns of a table gene_id -> gene_name, or its Path, for counts that carry no symbols.
     pitch_um, spot_um: distance of neighbouring spots and their diameter in microns (Visium 100 and 55, legacy
     Spatial Transcriptomics 200 and 100).
-    patch_px: side of the square patch in full-resolution pixels.
+    patch_px: side of the stored patches in pixels, which are the image's own unless patch_um says otherwise.
+    patch_um: side of the patch in microns: what is that wide in each section's image is resampled to patch_px.
     min_counts: spots with fewer counts in all are dropped.
+    command: what prepares the dataset, if it is not preprocess_<name>.py.
     """
 
     name: str
@@ -51,11 +63,13 @@ class Dataset:
     n_hvg: int
     n_heg: int
     markers: tuple = ()
-    symbols: tuple = ()
+    symbols: tuple | Path = ()
     pitch_um: float = 100.0
     spot_um: float = 55.0
     patch_px: int = 256
+    patch_um: float | None = None
     min_counts: int = 0
+    command: str | None = None
 
     def __post_init__(self):
         names = [section.name for section in self.sections]
@@ -75,6 +89,11 @@ class Dataset:
         return ROOT / "GSE" / self.name
 
 
+def has_script(dataset):
+    """Whether a preprocess script is called like the dataset."""
+    return (SCRIPTS / f"preprocess_{dataset}.py").exists()
+
+
 def run_name(panel_type, protocol):
     """The stem that tells a panel's files, and a model's, from another's: `heg`, `hvg`, `heg_paper`, `hvg_paper`."""
     return panel_type if protocol == "strict" else f"{panel_type}_{protocol}"
@@ -87,6 +106,7 @@ class Processed:
         self.dataset = dataset
         self.folder = ROOT / "GSE" / dataset / "processed"
         self.sections_path = self.folder / "sections.csv"
+        self.command_path = self.folder / "command.txt"  # for datasets without a script of their own
 
     def section_path(self, section):
         return self.folder / f"{section}.h5ad"
@@ -105,19 +125,32 @@ class Processed:
         """`path`, or an error that says which command makes it."""
         if path.exists():
             return path
-        scripts = Path(__file__).parents[1]
-        if not (scripts / f"preprocess_{self.dataset}.py").exists():
-            known = sorted(script.stem.removeprefix("preprocess_") for script in scripts.glob("preprocess_*.py"))
+        if not has_script(self.dataset) and not self.command_path.exists():
+            known = sorted(script.stem.removeprefix("preprocess_") for script in SCRIPTS.glob("preprocess_*.py"))
+            known.remove("custom")
             raise InputError(f"{path} is missing, and no preprocess script is called {self.dataset}. "
-                             f"--dataset takes {', '.join(known)}, or one that you write a preprocess script for")
-        paper = " --protocol paper" if path.stem.endswith("_paper") else ""
-        raise InputError(f"{path} is missing. Make it with: python code/preprocess_{self.dataset}.py{paper}")
+                             f"--dataset takes {', '.join(known)}, or one that you make from a sample sheet: "
+                             f"python code/preprocess_custom.py SHEET --name {self.dataset}")
+        paper = " --protocol paper" if path.stem.endswith("_paper") and " paper" not in self.command else ""
+        raise InputError(f"{path} is missing. Make it with: {self.command}{paper}")
+
+    @property
+    def command(self):
+        """The command that makes these files."""
+        if has_script(self.dataset) or not self.command_path.exists():
+            return f"python code/preprocess_{self.dataset}.py"
+        return self.command_path.read_text().strip()
 
     def sections(self):
-        """The section table: index section; columns donor, role, n_spots, mpp, patch_px, image, sha256."""
+        """The section table: index section; columns donor, role, n_spots, n_genes, mpp, patch_px, crop_px, ...
+
+        crop_px: side, in full-resolution pixels, of what each patch of patch_px x patch_px pixels shows.
+        """
         table = pd.read_csv(self.need(self.sections_path), dtype={"section": str, "donor": str}, index_col="section")
         if not table.index.is_unique:
             raise InputError(f"{self.sections_path} names a section twice. Make it anew with the preprocess script")
+        if "crop_px" not in table:  # written before patches could be resampled
+            table["crop_px"] = table["patch_px"]
         return table
 
     def read(self, section):
@@ -129,7 +162,7 @@ class Processed:
             return anndata.read_h5ad(path)
         except Exception as error:  # HDF5 raises many kinds
             raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
-                             f"python code/preprocess_{self.dataset}.py again") from error
+                             f"{self.command} again") from error
 
     def panel(self, name):
         """The gene panel: index gene id; columns symbol, marker, rank_<section> ...; attrs: how it was chosen."""
@@ -141,7 +174,7 @@ class Processed:
             how["markers"]  # absent from panels of an early version
         except (ValueError, KeyError) as error:
             raise InputError(f"{path} is not a panel written by preprocess ({first_line(error)}). "
-                             f"Run python code/preprocess_{self.dataset}.py again") from None
+                             f"Run {self.command} again") from None
         panel.attrs = how
         return panel
 
@@ -191,7 +224,7 @@ class Processed:
         missing = panel.index.difference(adata.var_names)
         if len(missing):
             raise InputError(f"{self.panel_path(name)} holds {len(missing)} genes that {self.section_path(section)} "
-                             f"lacks, {missing[0]} first. Run python code/preprocess_{self.dataset}.py again")
+                             f"lacks, {missing[0]} first. Run {self.command} again")
         return adata[:, panel.index].X.toarray().astype(np.float32, copy=False)
 
     def patches(self, section):
@@ -201,7 +234,7 @@ class Processed:
             return np.load(path, mmap_mode="r")
         except (ValueError, EOFError) as error:
             raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
-                             f"python code/preprocess_{self.dataset}.py again") from None
+                             f"{self.command} again") from None
 
 
 class Run:

@@ -1,15 +1,17 @@
 """Raw -> processed, section by section: what every preprocess_<dataset>.py calls."""
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from . import command, expression, figures, slide, sources
-from .dataset import ROOT, Processed, run_name
+from .dataset import ROOT, Dataset, Processed, run_name
 from .files import InputError, atomic_path, sha256, write_h5ad
 
 FORMAT = 1  # of the processed files; a higher one makes every section anew
@@ -25,14 +27,30 @@ def preprocess(dataset, argv=None):
                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--raw", metavar="DIR", default=dataset.raw,
                        help="folder of the raw files, as downloaded or as an old checkout arranged them")
+    add_flags(flags, dataset.patch_px)
+    prepare(dataset, flags.parse_args(argv))
+
+
+def add_flags(flags, patch_px):
+    """The flags that every preprocess script has."""
     flags.add_argument("--protocol", choices=["strict", "paper"], default="strict",
                        help="paper: prepare also the published panel and batch correction, over all sections")
     flags.add_argument("--workers", type=command.positive, default=1, help="processes to share the sections between")
-    flags.add_argument("--section", nargs="+", choices=[section.name for section in dataset.sections], metavar="NAME",
+    flags.add_argument("--section", nargs="+", metavar="NAME",
                        help="prepare these sections only, and no panel: for jobs that share the work. When all are "
                             "done, run once more without this flag")
-    args = flags.parse_args(argv)
+    flags.add_argument("--patch_um", type=command.above_zero, metavar="UM",
+                       help="side of the patches in microns, resampled to --patch_px: for sections of different "
+                            "resolution. Default: --patch_px pixels of the image as they are")
+    flags.add_argument("--patch_px", type=command.positive, default=patch_px, help="side of the patches in pixels")
 
+
+def prepare(dataset, args):
+    """What `preprocess` does, with its flags read."""
+    dataset = replace(dataset, patch_um=args.patch_um, patch_px=args.patch_px)
+    if unknown := set(args.section or ()) - {section.name for section in dataset.sections}:
+        raise InputError(f"--section {min(unknown)}: {dataset.name} has no such section, but "
+                         f"{', '.join(section.name for section in dataset.sections)}")
     processed = Processed(dataset.name)
     chosen = [section for section in dataset.sections if args.section is None or section.name in args.section]
     jobs = [(dataset, section, args.raw, processed) for section in chosen]
@@ -42,6 +60,9 @@ def preprocess(dataset, argv=None):
     table = pd.DataFrame(rows).set_index("section")
     with atomic_path(processed.sections_path) as path:
         table.to_csv(path)
+    if dataset.command:
+        with atomic_path(processed.command_path) as path:
+            path.write_text(dataset.command + "\n")
 
     genes = {section.name: processed.genes(section.name) for section in dataset.sections}
     for panel_type in ("hvg", "heg"):
@@ -50,7 +71,8 @@ def preprocess(dataset, argv=None):
             write_panel(dataset, processed, genes, panel_type, "paper")
             write_corrected(dataset, processed, panel_type)
 
-    print(table[["donor", "role", "n_spots", "mpp", "padded"]].to_string(float_format="%.4f"))
+    print(table[["donor", "role", "n_spots", "n_genes", "mpp", "padded"]].to_string(float_format="%.4f"))
+    print(f"{len(set.intersection(*(set(var.index) for var in genes.values()))):,} genes are in every section")
     for path in sorted(processed.folder.glob("panel_*.csv")):
         name = path.stem.removeprefix("panel_")
         print(f"panel {name}: {len(processed.panel(name))} genes")
@@ -91,14 +113,18 @@ def read_raw(dataset, section, raw, processed):
              for what in ("counts", "positions", "image")}
     if dataset.symbols:
         files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
-    read = sources.files_of(files["counts"]) + [path for what, path in files.items() if what != "counts"]
+    read = list(dict.fromkeys(sources.files_of(files["counts"]) + list(files.values())))
+    names = [path.name for path in read]  # two files of one name keep their folder's, so that both are recorded
     earlier = processed.section_path(section.name).exists() and processed.patches_path(section.name).exists()
     with ThreadPoolExecutor(1) as thread:
-        hashes = thread.submit(lambda: {path.name: sha256(path) for path in read})
+        hashes = thread.submit(lambda: {path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}":
+                                        sha256(path) for path in read})
         adata = processed.read(section.name) if earlier else read_section(dataset, section, files)
     made_from = {"format": FORMAT, "files": hashes.result(),
                  "n_spots": section.n_spots, "patch_px": dataset.patch_px, "min_counts": dataset.min_counts,
-                 "pitch_um": dataset.pitch_um, "spot_um": dataset.spot_um}
+                 "pitch_um": section.pitch_um or dataset.pitch_um, "spot_um": dataset.spot_um,
+                 "patch_um": dataset.patch_um, "mpp": section.mpp, "scale": section.scale,
+                 "new_ids": hashlib.sha256(json.dumps(section.new_ids).encode()).hexdigest()}
     anew = not earlier or json.loads(adata.uns["made_from"]) != made_from
     if anew:
         if earlier:
@@ -112,15 +138,15 @@ def write_processed(dataset, section, processed, files, adata, anew):
     picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.png"
     section_path, patches_path = processed.section_path(section.name), processed.patches_path(section.name)
     if anew:
-        mpp = dataset.pitch_um / pitch(adata, files["positions"])
+        mpp = microns_per_pixel(section, adata, files["positions"], dataset.pitch_um)
+        spot_um = dataset.spot_um * (section.pitch_um or dataset.pitch_um) / dataset.pitch_um
         # Both files appear at once, so that patches of one version never meet expression of another.
         with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
-            with slide.open_slide(files["image"], processed.folder / f".{section.name}.slide.part") as opened:
-                thumbnail, scale, adata.uns["padded"] = slide.crop_patches(
-                    opened, adata.obsm["spatial"], dataset.patch_px, patches)
+            thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches,
+                                             scratch=processed.folder / f".{section.name}.slide.part")
             adata.uns["spatial"] = {section.name: {
                 "images": {"hires": thumbnail},
-                "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": dataset.spot_um / mpp},
+                "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
                 "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
             write_h5ad(adata, h5ad)
             for panel_type in ("hvg", "heg"):
@@ -129,16 +155,19 @@ def write_processed(dataset, section, processed, files, adata, anew):
         figures.spots_over_slide(adata, section.name, picture)
     hashes = json.loads(adata.uns["made_from"])["files"]
     return {"section": section.name, "donor": section.donor, "role": section.role, "n_spots": adata.n_obs,
-            "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"], "patch_px": dataset.patch_px,
-            "padded": int(adata.uns["padded"]), "image": files["image"].name,
-            "sha256": " ".join(f"{name}:{digest}" for name, digest in hashes.items())}
+            "n_genes": adata.n_vars, "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"],
+            "patch_px": dataset.patch_px, "crop_px": int(adata.uns["crop_px"]), "padded": int(adata.uns["padded"]),
+            "image": files["image"].name, "sha256": " ".join(f"{name}:{digest}" for name, digest in hashes.items())}
 
 
 def read_section(dataset, section, files):
     """Counts and positions of one section, joined, checked against its reported size, and log-normalised."""
-    print(f"{section.name}: reading {', '.join(path.name for path in files.values())}", flush=True)
-    counts, spots = sources.read_counts(files["counts"]), sources.read_positions(files["positions"])
+    print(f"{section.name}: reading {', '.join(dict.fromkeys(path.name for path in files.values()))}", flush=True)
+    counts, spots = sources.read_counts(files["counts"]), read_spots(section, files["positions"])
+    counts.var_names = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
     adata = sources.join(counts, spots, files["counts"], files["positions"])
+    if files["image"].suffix == ".h5":
+        adata = slide.StoredPatches(files["image"]).of(adata)
     if section.n_spots is not None and adata.n_obs != section.n_spots:
         raise InputError(f"section {section.name}: {files['counts']} with {files['positions']} gives {adata.n_obs} "
                          f"spots under tissue, but {section.name} has {section.n_spots}. One of them is another "
@@ -157,11 +186,46 @@ def read_section(dataset, section, files):
     return adata
 
 
-def pitch(adata, positions_path):
-    """Distance of a section's neighbouring spots in pixels."""
+def read_spots(section, path):
+    """The position table of a section, in pixels of its image."""
+    spots = sources.read_positions(path)
+    spots[["x", "y"]] *= section.scale
+    return spots
+
+
+def crop_size(dataset, mpp, stored, adata):
+    """The side of what a patch shows, in full-resolution pixels. stored: the patches of a section that has no image."""
+    if dataset.patch_um is None:
+        return stored.crop_px(adata) if stored else dataset.patch_px
+    crop_px = max(1, round(dataset.patch_um / mpp))
+    if stored and crop_px > stored.crop_px(adata) + 1:
+        raise InputError(f"{stored.path}: its patches show {stored.crop_px(adata) * mpp:.0f} µm, less than --patch_um "
+                         f"{dataset.patch_um:g}. Give a smaller one, or the section's image")
+    return crop_px
+
+
+def write_patches(dataset, image, adata, mpp, path, scratch):
+    """Write the patches of a section's spots, cropped from its image or taken from a file of patches.
+
+    Adds to adata.uns crop_px, what a patch shows in full-resolution pixels, and padded. Returns the thumbnail and its
+    pixels per full-resolution pixel.
+    """
+    stored = slide.StoredPatches(image) if image.suffix == ".h5" else None
+    adata.uns["crop_px"] = crop_px = crop_size(dataset, mpp, stored, adata)
+    if stored:
+        adata.uns["padded"] = 0
+        return stored.write(adata, crop_px, dataset.patch_px, path)
+    with slide.open_slide(image, scratch) as opened:
+        thumbnail, scale, adata.uns["padded"] = slide.crop_patches(
+            opened, adata.obsm["spatial"], crop_px, path, dataset.patch_px)
+    return thumbnail, scale
+
+
+def microns_per_pixel(section, adata, positions_path, pitch_um=Dataset.pitch_um):
+    """Of a section's image: as stated, or by the distance of neighbouring spots."""
     x, y = adata.obsm["spatial"].T
     try:
-        return sources.lattice_pitch(adata.obs.assign(x=x, y=y))
+        return section.mpp or (section.pitch_um or pitch_um) / sources.spot_pitch(adata.obs.assign(x=x, y=y))
     except ValueError as error:
         raise InputError(f"{positions_path}: {error}. Check that this is the section's own position file") from None
 

@@ -2,7 +2,7 @@
 
 A slide is read in bands of whole rows, from top to bottom, so every strip or tile is decoded once and memory does
 not grow with the slide: a band is about 512 rows, unless one strip or tile of the file is taller. JPEG and PNG files
-are decoded whole.
+are decoded whole. Patches that HEST has cut are taken from its files.
 """
 
 import gzip
@@ -11,7 +11,9 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import h5py
 import numpy as np
+import pandas as pd
 import tifffile
 from PIL import Image
 
@@ -174,30 +176,27 @@ def picture(path, file):
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def crop_patches(slide, xy, size, path):
+def crop_patches(slide, xy, size, path, patch_px=None):
     """Crop a size x size patch around every spot in one pass over the slide, and write them to `path`.
 
-    xy: (n, 2) spot centres in pixels, image column and row. Row i of the file, a .npy of uint8 (n, size, size, 3),
-    is the patch of spot i: slide[y - size/2 : y + size/2, x - size/2 : x + size/2] with x and y rounded. What lies
-    beyond the slide's edge repeats the edge.
+    xy: (n, 2) spot centres in pixels, image column and row. Row i of the file, a .npy of uint8 (n, P, P, 3), is the
+    patch of spot i: slide[y - size/2 : y + size/2, x - size/2 : x + size/2] with x and y rounded. What lies beyond the
+    slide's edge repeats the edge. P is size, or patch_px, to which the patch is then resampled.
     Returns (thumbnail uint8 (h, w, 3), thumbnail pixels per slide pixel, number of patches that reach over the edge).
     Raises InputError if a centre lies outside the slide.
     """
+    check_inside(slide, xy)
     centres = np.rint(xy).astype(np.int64)
-    outside = ((centres < 0) | (centres >= [slide.width, slide.height])).any(axis=1)
-    if outside.any():
-        raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but {outside.sum()} of {len(xy)} "
-                         f"spots lie outside it, one at x {centres[outside][0][0]}, y {centres[outside][0][1]}. It is "
-                         "another section's image, or not the full-resolution one")
     lefts, tops = (centres - size // 2).T
     over_edge = (lefts < 0) | (tops < 0) | (lefts + size > slide.width) | (tops + size > slide.height)
 
     shrink = -(-max(slide.height, slide.width) // THUMBNAIL)
+    stored = size if patch_px is None else patch_px
     thumbnail, pending = [], np.empty((0, slide.width, 3), np.uint8)
     waiting = np.argsort(tops, kind="stable")[::-1].tolist()  # topmost last, to pop
     open_patches = {}  # spots that the band reaches but does not finish
     with open(path, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(xy), size, size, 3)}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(xy), stored, stored, 3)}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
         for top, band in slide.bands():
@@ -211,6 +210,7 @@ def crop_patches(slide, xy, size, path):
                 if tops[i] + size <= bottom or bottom == slide.height:
                     if over_edge[i]:
                         patch = repeat_edge(patch, lefts[i], tops[i], slide)
+                    patch = resample(patch, stored)
                     file.seek(start + i * patch.nbytes)
                     file.write(np.ascontiguousarray(patch))
                     del open_patches[i]
@@ -223,12 +223,98 @@ def crop_patches(slide, xy, size, path):
     return np.concatenate(thumbnail), 1 / shrink, int(over_edge.sum())
 
 
+def outside(slide, xy):
+    """Which spot centres lie outside the slide: bool (n,)."""
+    centres = np.rint(xy)
+    return ((centres < 0) | (centres >= [slide.width, slide.height])).any(axis=1)
+
+
+def check_inside(slide, xy):
+    """Raise InputError if a spot centre lies outside the slide."""
+    if (out := outside(slide, xy)).any():
+        x, y = np.rint(xy[out][0]).astype(int)
+        raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but {out.sum()} of {len(xy)} spots "
+                         f"lie outside it, one at x {x}, y {y}. It is another section's image, or not the "
+                         "full-resolution one, which a sample sheet can state in its column scale")
+
+
 def repeat_edge(patch, left, top, slide):
     """Fill what lies beyond the slide with its nearest pixel."""
     size = len(patch)
     rows = np.clip(np.arange(size), max(0, -top), min(size, slide.height - top) - 1)
     cols = np.clip(np.arange(size), max(0, -left), min(size, slide.width - left) - 1)
     return patch[rows][:, cols]
+
+
+def resample(patch, size):
+    """A square patch at another size: bilinear, antialiased where it shrinks."""
+    if len(patch) == size:
+        return patch
+    return np.asarray(Image.fromarray(patch).resize((size, size), Image.Resampling.BILINEAR))
+
+
+class StoredPatches:
+    """Patches that were cut before, as HEST stores them (hestcore 1.0.6): an HDF5 file, joined to spots by barcode.
+
+    img: uint8 (N, S, S, 3) RGB, at any scale. coords: (N, 2), the x and y of their top left corners in full-resolution
+    pixels. barcode: (N, 1).
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with h5py.File(path) as file:
+                self.side = file["img"].shape[1]
+                if file["img"].shape[1:] != (self.side, self.side, 3) or file["img"].dtype != np.uint8:
+                    raise ValueError(f"img is {file['img'].dtype} of shape {file['img'].shape}, expected RGB patches")
+                self.corners = file["coords"][:].astype(np.float64)
+                barcodes = file["barcode"].asstr()[:].ravel() if file["barcode"].dtype == object else (
+                    file["barcode"][:].astype(str).ravel())
+            self.row = pd.Series(np.arange(len(self.corners)), index=barcodes)
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing") from None
+        except Exception as error:  # HDF5 raises many kinds
+            raise InputError(f"{path} is not a file of patches as HEST writes it ({first_line(error)})") from None
+        if not self.row.index.is_unique:
+            raise InputError(f"{path}: barcode {self.row.index[self.row.index.duplicated()][0]} occurs more than once")
+
+    def of(self, adata):
+        """The spots that have a patch: HEST stores none for those off its tissue mask or too near an edge."""
+        kept = adata.obs_names.isin(self.row.index)
+        if not kept.any():
+            raise InputError(f"{self.path} has none of the section's {adata.n_obs} spots; its own barcodes begin "
+                             f"{', '.join(self.row.index[:2])}. It is another section's")
+        return adata[kept].copy()
+
+    def crop_px(self, adata):
+        """The side of what a patch shows, in full-resolution pixels: twice the way from its corner to its spot."""
+        way = adata.obsm["spatial"] - self.corners[self.row[adata.obs_names]]  # (n, 2)
+        crop_px = 2 * np.median(way)
+        if crop_px < 1 or np.abs(2 * way - crop_px).max() > 4:  # corners are rounded
+            raise InputError(f"{self.path}: its patches do not lie around the section's spots; they were cut for other "
+                             "positions")
+        return round(crop_px)
+
+    def write(self, adata, crop_px, patch_px, path):
+        """Write the middle crop_px of each spot's patch to a .npy of uint8 (n, patch_px, patch_px, 3), in spot order.
+
+        Returns (thumbnail uint8 (h, w, 3): the patches in their places on white, its pixels per full-resolution pixel).
+        """
+        inner = min(self.side, round(self.side * crop_px / self.crop_px(adata)))
+        edge = (self.side - inner) // 2
+        xy = adata.obsm["spatial"]
+        scale = min(1, THUMBNAIL / (xy.max() + crop_px / 2))
+        width, height = np.ceil((xy.max(axis=0) + crop_px / 2) * scale).astype(int)
+        thumbnail, tile = Image.new("RGB", (width, height), "white"), max(1, round(crop_px * scale))
+        with h5py.File(self.path) as file, open(path, "wb") as out:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(xy), patch_px, patch_px, 3)}
+            np.lib.format.write_array_header_1_0(out, header)
+            for (x, y), row in zip(xy, self.row[adata.obs_names], strict=True):
+                patch = file["img"][row, edge:edge + inner, edge:edge + inner]
+                out.write(resample(patch, patch_px).tobytes())
+                thumbnail.paste(Image.fromarray(resample(patch, tile)),
+                                (round(x * scale - tile / 2), round(y * scale - tile / 2)))
+        return np.asarray(thumbnail), scale
 
 
 def unreadable(path, error):

@@ -1,0 +1,79 @@
+"""Your own sections, listed in a sample sheet: see the README, 'Your own data'.
+
+    python code/preprocess_custom.py mydata.csv --check     look at everything, write nothing
+    python code/preprocess_custom.py mydata.csv             prepare the dataset mydata for main.py --dataset mydata
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from heclip import command, preprocess, sheet
+from heclip.dataset import Dataset, has_script
+from heclip.files import InputError
+
+
+def parse(argv):
+    flags = argparse.ArgumentParser(description="Prepare the sections of a sample sheet for training.",
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("sheet", help="CSV with the columns section, counts, donor, role, and image, positions, mpp, "
+                                     "pitch, scale, bin where they apply; paths are relative to it")
+    flags.add_argument("--name", help="of the dataset; default: the sheet's")
+    flags.add_argument("--check", action="store_true",
+                       help="read everything, show what was found and all that is wrong, and write nothing")
+    flags.add_argument("--n_hvg", type=command.positive, default=1000, help="variable genes that each section adds")
+    flags.add_argument("--n_heg", type=command.positive, default=3200, help="expressed genes that each section adds")
+    flags.add_argument("--markers", nargs="+", default=(), metavar="SYMBOL", help="genes to score and map by name")
+    flags.add_argument("--symbols", type=Path, default=(), metavar="FILE",
+                       help="table with the columns gene_id and gene_name, for counts without symbols")
+    flags.add_argument("--min_counts", type=int, default=0, help="drop spots with fewer counts in all")
+    preprocess.add_flags(flags, Dataset.patch_px)
+    flags.set_defaults(raw=None)  # the sheet has exact paths
+    return flags.parse_args(argv)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    path = Path(args.sheet)
+    name = args.name or path.stem
+    if has_script(name) or not name or name[0] == "." or set(name) & set("/\\"):
+        raise InputError(f"a dataset cannot be called {name!r}: it is another dataset's name, or no folder's. Choose "
+                         "one with --name")
+
+    sections, problems, ignored = sheet.read_sheet(path)
+    sections, renamed = sheet.share_genes(sections, [] if args.check else problems)  # checking reads them once more
+    if args.check:
+        check(args, sections, problems, ignored, renamed)
+    elif problems:
+        more = f". And {len(problems) - 1} more: --check lists them all" if len(problems) > 1 else ""
+        raise InputError(f"{path}, {problems[0]}{more}")
+    else:
+        for line in renamed:
+            print(f"genes: {line}")
+        words = ["python", "code/preprocess_custom.py",
+                 *(str(Path(word).resolve()) if word in (args.sheet, str(args.symbols)) else word for word in argv)]
+        dataset = Dataset(name, sections, args.n_hvg, args.n_heg, markers=tuple(args.markers),
+                          symbols=args.symbols, min_counts=args.min_counts, command=shlex.join(words))
+        preprocess.prepare(dataset, args)
+
+
+def check(args, sections, problems, ignored, renamed):
+    """Print what was found in a sheet's sections, and all that is wrong; an error if anything is."""
+    table, notes = sheet.check(sections, args, problems)
+    print(table.to_string(float_format=lambda value: f"{value:.0f}" if value >= 1000 else f"{value:.4g}", na_rep="?"))
+    if ignored:
+        notes.append(f"columns not used: {', '.join(ignored)}")
+    for line in [*(f"genes: {line}" for line in renamed), *notes]:
+        print(f"- {line}")
+    if problems:
+        print()
+        for number, problem in enumerate(problems, 1):
+            print(f"{number}. {problem}")
+        raise InputError(f"{args.sheet}: {len(problems)} to mend, listed above. Nothing was written")
+    print("All is well. Next: the same command without --check")
+
+
+if __name__ == "__main__":
+    command.run(main)
