@@ -11,7 +11,8 @@ from heclip.checkpoint import check_fits, load_checkpoint, load_progress, save_c
 from heclip.files import InputError
 from heclip.model import HECLIP, configure
 
-FACTS = {"dataset": "demo", "name": "heg", "panel": ["G1", "G2", "G3", "G4"], "reference": ["A", "B"], "epoch": 3,
+FACTS = {"dataset": "demo", "name": "heg", "panel_name": "heg", "panel": ["G1", "G2", "G3", "G4"],
+         "reference": ["A", "B"], "epoch": 3,
          "validation_pearson": 0.25, "arguments": {"lr": 1e-3, "pretrained": True, "encoder_weights": None}}
 
 
