@@ -45,7 +45,7 @@ def parse(argv=None):
     flags.add_argument("--temperature", type=float, help="of the loss")
     flags.add_argument("--pixels", choices=["standardised", "raw_bgr"],
                        help="standardised as the encoder was pretrained, or 0 to 255 and blue first, as published")
-    flags.add_argument("--colour_jitter", type=float, metavar="X",
+    flags.add_argument("--colour_jitter", type=command.not_negative, metavar="X",
                        help="random stain: each colour channel times 1 ± X, plus up to ± 80 X")
     flags.add_argument("--schedule", choices=["cosine", "constant"],
                        help="cosine: the learning rate warms up over a twentieth of the steps and falls to zero")
@@ -63,6 +63,7 @@ def parse(argv=None):
                        help="side of the encoder's input; default: the patch's own")
     flags.add_argument("--resume", action="store_true",
                        help="go on after the last finished epoch of the same run; start it if there is none")
+    flags.set_defaults(**TRAINING["heclip"])  # what --help shows
     recipe = flags.parse_known_args(argv)[0].recipe
     flags.set_defaults(**TRAINING[recipe])
     args = flags.parse_args(argv)
