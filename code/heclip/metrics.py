@@ -227,7 +227,7 @@ def score_further(prediction, truth, spots, xy):
     predicted, measured = morans_i(prediction, graph), morans_i(truth, graph)
     both = np.isfinite(predicted) & np.isfinite(measured)
     if both.sum() > 1:
-        summary["Moran's I, r"] = float(np.corrcoef(predicted[both], measured[both])[0, 1])
+        summary["Moran's I, r"] = float(pearson_per_gene(predicted[both, None], measured[both, None])[0])
         summary["Moran's I, ratio"] = float(predicted[both].mean() / measured[both].mean())
     return summary | {f"recall@{k}": recall_at_k(prediction, truth, k) for k in HIT_AT}
 
