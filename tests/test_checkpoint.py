@@ -213,6 +213,15 @@ def test_what_does_not_change_the_epochs_done_may_differ_on_resuming(key, value,
     assert load_progress(interrupted[0], *started(7), RUN | {"arguments": RUN["arguments"] | {key: value}}) == LOSSES
 
 
+def test_under_a_schedule_that_ends_with_the_epochs_their_number_may_not_differ(interrupted):
+    path, model, optimiser = interrupted
+    cosine = RUN | {"arguments": RUN["arguments"] | {"schedule": "cosine"}}
+    save_progress(path, model, optimiser, LOSSES, cosine)
+    assert load_progress(path, *started(7), cosine) == LOSSES
+    with pytest.raises(InputError, match="--max_epochs was 2, is 30"):
+        load_progress(path, *started(7), cosine | {"arguments": cosine["arguments"] | {"max_epochs": 30}})
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"arguments": RUN["arguments"] | {"lr": 0.1}}, r"--lr was 0\.001, is 0\.1"),
     ({"arguments": RUN["arguments"] | {"seed": 1}}, "--seed was 42, is 1"),
