@@ -8,7 +8,7 @@ same patches, panel, reference and query. Results so far are kept in save/<datas
 already is not run again; evaluation.csv beside it holds every number, a row each.
 
 To choose a recipe without looking at a held-out section, name the others: `--sections MOB2 MOB4` leaves one of these
-out at a time, and reads no count and no pixel of any other.
+out at a time, and reads nothing of any other but which genes it has.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from heclip.metrics import (
     score_further,
 )
 from heclip.model import HECLIP, configure, load_encoder_weights
+from heclip.recipes import PREDICTION
 from heclip.retrieval import average_expression, random_spots, retrieve
 
 # Trained methods: flags of main.py, then flags of infer.py that differ from the recipe's own.
@@ -66,7 +67,7 @@ class Fold:
     """One held-out section, and what it is predicted from: n query spots, N reference spots, G genes."""
 
     query: str
-    held_out: list  # every section that is not reference: of the query's donor, or not taking part
+    held_out: list  # all but the reference: the query, its donor's if donors are held out, what takes no part
     reference: list
     panel: pd.DataFrame
     section: anndata.AnnData  # the query, all genes
@@ -105,7 +106,10 @@ def main(argv=None):
     takes_part = args.sections or list(table.index)
     if absent := [name for name in [*takes_part, *(args.query or [])] if name not in table.index]:
         raise InputError(f"{processed.sections_path} has no section {absent[0]}, but {', '.join(table.index)}")
-    table = table.loc[[name for name in table.index if name in takes_part]]
+    if absent := [name for name in args.query or [] if name not in takes_part]:
+        raise InputError(f"--query {absent[0]} is not among --sections {' '.join(takes_part)}. Add it there")
+    everything = list(table.index)
+    table = table.loc[[name for name in everything if name in takes_part]]
     key = table["donor"] if args.folds == "donor" else table.index.to_series()
     if key.nunique() < 2:
         raise InputError(f"{processed.sections_path}: {', '.join(table.index)} are of one {args.folds}; at least two "
@@ -117,7 +121,9 @@ def main(argv=None):
     for protocol in args.protocol:
         features = {}  # of the frozen encoder, section by section: for all folds
         for query in args.query or list(table.index):
-            fold = open_fold(processed, protocol, args.panel, query, list(table.index[key != key[query]]))
+            reference = list(table.index[key != key[query]])
+            held_out = [name for name in everything if name not in reference]
+            fold = open_fold(processed, protocol, args.panel, query, held_out, reference)
             print(f"{protocol}: {query} from {', '.join(fold.reference)}; {len(fold.panel)} genes", flush=True)
             for method in methods:
                 predictions = []
@@ -137,42 +143,49 @@ def main(argv=None):
     print(f"every score of every fold and seed in {folder.with_suffix('.csv')}")
 
 
-def open_fold(processed, protocol, panel, query, reference):
+def open_fold(processed, protocol, panel, query, held_out, reference):
     """Read a fold; the panel is chosen on its reference."""
     name = run_name(panel, protocol)
     chosen = processed.panel_for(name, reference)
     parts = [processed.expression(section, name, chosen) for section in reference]
     section = processed.read(query)
-    held_out = [name for name in processed.sections().index if name not in reference]
     return Fold(query, held_out, reference, chosen, section, processed.expression(query, name, chosen, section),
                 np.concatenate(parts), [len(part) for part in parts])
 
 
 def evaluate(place, args, protocol, processed, fold, method, seed, features):
     """Scores and prediction of one method on one fold with one seed: as kept in `place`, or made now and kept there."""
+    if method in CEILINGS:
+        return ceiling(fold, method, seed), None
     settings = {key: value for key, value in vars(args).items()
                 if key in ("dataset", "panel", "folds", "sections", "encoder", "encoder_weights", "image_size",
                            "max_epochs", "batch_size")}
-    settings |= {"reference": fold.reference, "sections.csv": sha256(processed.sections_path), "method": method,
-                 "flags": TRAINED.get(method)}
-    done = place / "scores.json"
+    settings |= {"reference": fold.reference, "sections.csv": sha256(processed.sections_path),
+                 "genes": list(fold.panel.index), "method": method}
+    if method in TRAINED:
+        training, prediction = TRAINED[method]
+        recipe = train.parse(training)
+        settings |= {"training": vars(recipe),
+                     "prediction": PREDICTION[infer.parse(prediction).recipe or recipe.recipe]}
+    settings = json.dumps(settings, indent=1) + "\n"
+    begun, done = place / "settings.json", place / "scores.json"
+    if not begun.exists() or begun.read_text() != settings:
+        shutil.rmtree(place, ignore_errors=True)  # whole or half, it is of other settings
+        with atomic_path(begun) as path:
+            path.write_text(settings)
     if done.exists():
-        kept = json.loads(done.read_text())
-        if kept["settings"] == json.loads(json.dumps(settings)):
-            return kept["scores"], np.load(place / "prediction.npy")
+        return json.loads(done.read_text()), np.load(place / "prediction.npy")
     if method in TRAINED:
         prediction = trained(place, args, protocol, fold, method, seed)
     elif method in FROZEN:
         prediction = frozen(args, processed, fold, method, features)
-    elif method in NULLS:
-        prediction = null(processed, fold, method, seed)
     else:
-        return ceiling(fold, method, seed), None
+        prediction = null(processed, fold, method, seed)
     scores = all_scores(prediction, fold)
     with atomic_path(place / "prediction.npy") as path, open(path, "wb") as file:
         np.save(file, prediction)
     with atomic_path(done) as path:
-        path.write_text(json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
+        path.write_text(json.dumps(scores, indent=1) + "\n")
     return scores, prediction
 
 
@@ -184,7 +197,6 @@ def trained(place, args, protocol, fold, method, seed):
               str(place), "--batch_size", str(args.batch_size), "--device", args.device, "--seed", str(seed)]
     options = [text for key in ("encoder", "encoder_weights", "image_size", "max_epochs") if getattr(args, key)
                for text in (f"--{key}", str(getattr(args, key)))]
-    place.mkdir(parents=True, exist_ok=True)
     print(f"  {method}, seed {seed}", flush=True)
     with open(place / "log.txt", "a") as log, contextlib.redirect_stdout(log):
         train.main([*common, *options, *training, "--query", *fold.held_out, "--val_fraction", "0", "--resume"])
@@ -244,7 +256,7 @@ def ridge(features, expression, section, query):
     for group in dict.fromkeys(groups):
         inside = groups == group
         for i, predicted in enumerate(fit_predict(~inside, features[inside], alphas)):
-            reached[i] += mean_defined(pearson_per_gene(predicted, expression[inside]))
+            reached[i] += np.nan_to_num(mean_defined(pearson_per_gene(predicted, expression[inside])))  # a lone spot
     return fit_predict(np.ones(len(section), bool), query, [alphas[reached.argmax()]])[0].astype(np.float32)
 
 

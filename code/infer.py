@@ -36,7 +36,7 @@ def parse(argv=None):
                        help="reference spots averaged for each query spot; with both, K of each")
     flags.add_argument("--views", type=int, choices=[1, 2, 4, 8],
                        help="symmetries of each patch whose embeddings are averaged")
-    flags.add_argument("--smoothing", type=float, metavar="PITCHES",
+    flags.add_argument("--smoothing", type=command.not_negative, metavar="PITCHES",
                        help="width of a Gaussian over neighbouring spots of the prediction; 0: none")
     part = flags.add_mutually_exclusive_group()
     part.add_argument("--ebd_only", action="store_true", help="write the embeddings and stop")
@@ -56,18 +56,24 @@ def main(argv=None):
         raise InputError(f"{processed.sections_path} has {len(query)} query sections; exactly one is predicted at a "
                          "time. Name it with --query")
     query = query[0]
-    model = None
-    if not args.from_ebd:
+    if args.from_ebd:
+        kept = read_embeddings(run, query)
+        origin, trained_on = run.embeddings(query), list(kept["reference"])
+        recipe, regression = str(kept["recipe"]), bool(kept["regression"])
+    else:
         model, facts = load_checkpoint(run.checkpoint)
-        if query in facts["reference"]:
-            raise InputError(f"{run.checkpoint} was trained on {query}, which is now the query section. Train again")
-        reference = [section for section in reference if section in facts["reference"]]
-        args.recipe = args.recipe or facts["arguments"]["recipe"]
+        origin, trained_on = run.checkpoint, facts["reference"]
+        recipe, regression = facts["arguments"]["recipe"], model.config.kind == "regression"
+    if query in trained_on:
+        raise InputError(f"{origin} was trained on {query}, which is now the query section. Name one that was held out "
+                         "with --query, or train again")
+    reference = [section for section in reference if section in trained_on]
+    args.recipe = args.recipe or recipe
     panel_name = run_name(args.panel or args.type, args.protocol)
     panel = processed.panel_for(panel_name, reference)
-    if model:
+    if not args.from_ebd:
         check_fits(run.checkpoint, facts, args.dataset, run.name, panel)
-    for flag, value in PREDICTION[args.recipe or "heclip"].items():
+    for flag, value in PREDICTION[args.recipe].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
 
@@ -80,7 +86,9 @@ def main(argv=None):
 
     # 1. Embed every section: image (n_spots, D) and gene (n_spots, D).
     if args.from_ebd:
-        embeddings = {section: read_embeddings(run, section, barcodes[section], panel) for section in truth}
+        embeddings = {section: read_embeddings(run, section) for section in truth}
+        for section, arrays in embeddings.items():
+            check_rows(run.embeddings(section), section, arrays, barcodes[section], panel)
     else:
         device = command.pick_device(args.device)
         if args.compile:
@@ -90,7 +98,8 @@ def main(argv=None):
             if "validation_pearson_per_gene" in facts:
                 arrays["expected_pearson"] = np.array(facts["validation_pearson_per_gene"])
             with atomic_path(run.embeddings(section)) as path, open(path, "wb") as file:
-                np.savez(file, **arrays, barcode=barcodes[section], panel=np.array(panel.index, dtype=str))
+                np.savez(file, **arrays, barcode=barcodes[section], panel=np.array(panel.index, dtype=str),
+                         reference=np.array(trained_on), recipe=recipe, regression=regression)
         print(f"embeddings in {run.embeddings(query).parent}")
         if args.ebd_only:
             return
@@ -110,9 +119,9 @@ def main(argv=None):
     predictions = {label: smooth(average_expression(index, reference_expression), xy, args.smoothing)
                    for label, (index, _) in neighbours.items()}  # (n_query, G) each
     index, similarity = neighbours[args.retrieval]
-    if model and model.config.kind == "regression":  # the image's embedding is its predicted expression
-        predictions = {"regression": smooth(embeddings[query]["image"], xy, args.smoothing),
-                       "random": predictions["random"]}
+    if regression:  # the image's embedding is its predicted expression
+        predictions = {f"{label}regression": smooth(of_model[query]["image"], xy, args.smoothing)
+                       for label, of_model in models.items()} | {"random": predictions["random"]}
         args.retrieval = "regression"
     prediction = predictions[args.retrieval]
 
@@ -162,21 +171,26 @@ def untrained_model(run):
     return model.eval()
 
 
-def read_embeddings(run, section, barcodes, panel):
-    """Saved embeddings of a section, or an error if they are of other spots or another panel."""
+def read_embeddings(run, section):
+    """What was saved with the embeddings of a section, and on what and by which recipe their model was trained."""
     path = run.embeddings(section)
     if not path.exists():
         raise InputError(f"{path} is missing. Make it by running infer.py without --from_ebd")
     try:
         with np.load(path) as file:
             arrays = dict(file)
-        same = np.array_equal(arrays["barcode"], barcodes) and np.array_equal(arrays["panel"], panel.index)
+        if absent := {"image", "gene", "barcode", "panel", "reference", "recipe", "regression"} - arrays.keys():
+            raise ValueError(f"it holds no {min(absent)}")
+        return arrays
     except Exception as error:  # zip and numpy raise many kinds
         raise InputError(f"{path} is damaged ({first_line(error)}). Run infer.py without --from_ebd") from None
-    if not same:
+
+
+def check_rows(path, section, arrays, barcodes, panel):
+    """Raise InputError unless saved embeddings are of these spots and this panel."""
+    if not (np.array_equal(arrays["barcode"], barcodes) and np.array_equal(arrays["panel"], panel.index)):
         raise InputError(f"{path} was made from other spots or another panel than {section} has now. "
                          "Run infer.py without --from_ebd")
-    return arrays
 
 
 def write_results(run, args, section, query, panel, prediction, truth, certainty, genes, summaries, reference):

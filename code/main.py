@@ -43,12 +43,12 @@ def parse(argv=None):
                        help="sets the flags from --loss to --wd; see heclip/recipes.py")
     flags.add_argument("--loss", choices=list(LOSSES))
     flags.add_argument("--temperature", type=float, help="of the loss")
-    flags.add_argument("--expression_loss", type=float, metavar="WEIGHT",
+    flags.add_argument("--expression_loss", type=command.not_negative, metavar="WEIGHT",
                        help="of a second loss: the squared error of a layer that predicts expression itself; it "
                             "teaches the encoder, and is not used to predict")
     flags.add_argument("--pixels", choices=["standardised", "raw_bgr"],
                        help="standardised as the encoder was pretrained, or 0 to 255 and blue first, as published")
-    flags.add_argument("--colour_jitter", type=float, metavar="X",
+    flags.add_argument("--colour_jitter", type=command.not_negative, metavar="X",
                        help="random stain: each colour channel times 1 ± X, plus up to ± 80 X")
     flags.add_argument("--schedule", choices=["cosine", "constant"],
                        help="cosine: the learning rate warms up over a twentieth of the steps and falls to zero")
@@ -66,6 +66,7 @@ def parse(argv=None):
                        help="side of the encoder's input; default: the patch's own")
     flags.add_argument("--resume", action="store_true",
                        help="go on after the last finished epoch of the same run; start it if there is none")
+    flags.set_defaults(**TRAINING["heclip"])  # what --help shows
     recipe = flags.parse_known_args(argv)[0].recipe
     flags.set_defaults(**TRAINING[recipe])
     args = flags.parse_args(argv)
@@ -109,10 +110,8 @@ def main(argv=None):
     network = HECLIP(config)
     if args.pretrained:
         load_encoder_weights(network.image_encoder, args.encoder, args.encoder_weights)
-    predictor = network.image_projection if config.kind == "regression" else network.expression_head
-    if predictor:  # starts from the mean profile
-        torch.nn.init.zeros_(predictor.weight)
-        predictor.bias.data = spots.expression[training.to(device)].mean(dim=0).cpu()
+    if network.predictor:
+        network.predictor.bias.data = spots.expression[training.to(device)].mean(dim=0).cpu()
     network.to(device, memory_format=torch.channels_last)
     if args.compile or (args.compile is None and device.type == "cuda"):
         network.image_encoder.compile()

@@ -1,5 +1,6 @@
 """Rows stay with their spots, validation tissue apart from training tissue, and pixels as the encoder knows them."""
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import anndata
@@ -10,7 +11,18 @@ import scipy.sparse
 import torch
 from PIL import Image
 
-from heclip.batches import READERS, Patches, Spots, augment, encode_patches, random_turns, split_spots, to_pixels
+from heclip.batches import (
+    READERS,
+    Patches,
+    Spots,
+    augment,
+    encode_patches,
+    random_stains,
+    random_turns,
+    split_spots,
+    stain,
+    to_pixels,
+)
 from heclip.dataset import Processed
 from heclip.files import InputError
 from heclip.model import HECLIP, configure
@@ -353,3 +365,68 @@ def test_patches_are_resized_as_pillow_resizes_them():
     pixels = to_pixels(torch.from_numpy(noise)[None, ..., None].repeat(1, 1, 1, 3), pixel_config(8, (0,) * 3, (1,) * 3))
     expected = Image.fromarray(noise.astype(np.float32)).resize((8, 8), Image.Resampling.BILINEAR)
     torch.testing.assert_close(pixels[0, 1] * 255, torch.from_numpy(np.array(expected)), rtol=0, atol=0.01)
+
+
+# ------------------------------------------------------------------------------ stain, blue first, several views
+
+
+def test_random_stains_fill_their_range_and_come_from_the_generator():
+    drawn = random_stains(4000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (4000, 2, 3)
+    assert -1 <= drawn.min() < -0.99
+    assert 0.99 < drawn.max() <= 1
+    assert drawn.mean(dim=0).abs().max() < 0.05
+    flat = drawn.flatten(1)
+    assert (np.corrcoef(flat.T) - np.eye(6)).max() < 0.1  # channels vary apart
+    assert torch.equal(drawn, random_stains(4000, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_stain_scales_and_shifts_each_channel_of_each_patch_and_stays_within_the_pixels_range(device):
+    patches = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8))
+    stains = random_stains(5, torch.Generator().manual_seed(1))
+    stained = stain(patches.to(device), stains, 0.3).cpu()
+    for b in range(5):
+        for channel in range(3):
+            gain, offset = stains[b, :, channel].tolist()
+            expected = np.clip(patches[b, ..., channel].numpy() * (1 + 0.3 * gain) + 24 * offset, 0, 255)
+            np.testing.assert_allclose(stained[b, ..., channel], expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(stain(patches, stains, 0.0), patches.float())
+
+
+def test_raw_blue_first_pixels_are_the_patch_itself_with_its_channels_turned_round():
+    patches = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8))
+    pixels = to_pixels(patches, configure("test_resnet", "heg", 5, 24, pixels="raw_bgr"))
+    torch.testing.assert_close(pixels, patches.flip(3).permute(0, 3, 1, 2).float(), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("views", [1, 2, 4, 8])
+def test_views_are_that_many_different_symmetries_averaged_the_patch_itself_first(views):
+    torch.manual_seed(0)
+    model = HECLIP(configure("test_resnet", "heg", 5, 24, embedding_dim=8)).eval()
+    array = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), dtype=np.uint8)
+    embeddings = encode_patches(model, Patches([array], CPU), torch.arange(3), 2, views)
+    with torch.inference_mode():
+        for row, patch in zip(embeddings, array, strict=True):
+            each = torch.stack([model.encode_image(to_pixels(torch.from_numpy(one.copy())[None], model.config))[0]
+                                for one in symmetries(patch)])  # (8, 8), the patch itself first
+            means = [each[[0, *others]].mean(dim=0) for others in combinations(range(1, 8), views - 1)]
+            assert min((row - mean).abs().max() for mean in means) < 1e-4  # some choice of that many
+
+
+def test_all_eight_views_of_a_turned_patch_have_the_embedding_of_the_patch():
+    torch.manual_seed(0)
+    model = HECLIP(configure("test_resnet", "heg", 5, 24, embedding_dim=8)).eval()
+    array = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), dtype=np.uint8)
+    turned = np.stack(symmetries(array[0]))
+    embeddings = encode_patches(model, Patches([turned], CPU), torch.arange(8), 8, views=8)
+    torch.testing.assert_close(embeddings, embeddings[:1].expand(8, -1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("protocol", ["strict", "paper"])
+def test_without_a_validation_fraction_every_spot_trains(protocol):
+    spots = Lattice(SHAPES)
+    training, validation = split_spots(spots, 56, 0, protocol, 0)
+    assert training.tolist() == list(range(len(spots)))
+    assert validation.dtype == torch.int64
+    assert not len(validation)

@@ -11,7 +11,8 @@ from heclip.checkpoint import check_fits, load_checkpoint, load_progress, save_c
 from heclip.files import InputError
 from heclip.model import HECLIP, configure
 
-FACTS = {"dataset": "demo", "name": "heg", "panel": ["G1", "G2", "G3", "G4"], "reference": ["A", "B"], "epoch": 3,
+FACTS = {"dataset": "demo", "name": "heg", "panel_name": "heg", "panel": ["G1", "G2", "G3", "G4"],
+         "reference": ["A", "B"], "epoch": 3,
          "validation_pearson": 0.25, "arguments": {"lr": 1e-3, "pretrained": True, "encoder_weights": None}}
 
 
@@ -29,7 +30,7 @@ def trained(panel_type="heg", seed=0):
 @torch.inference_mode()
 def embeddings(model):
     generator = torch.Generator().manual_seed(1)
-    return model(torch.randn(3, 3, 32, 32, generator=generator), torch.rand(3, 4, generator=generator))
+    return model(torch.randn(3, 3, 32, 32, generator=generator), torch.rand(3, 4, generator=generator))[:2]
 
 
 def panel(*genes):
@@ -210,6 +211,15 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(interrupted):
                                             ("save_path", "elsewhere")])
 def test_what_does_not_change_the_epochs_done_may_differ_on_resuming(key, value, interrupted):
     assert load_progress(interrupted[0], *started(7), RUN | {"arguments": RUN["arguments"] | {key: value}}) == LOSSES
+
+
+def test_under_a_schedule_that_ends_with_the_epochs_their_number_may_not_differ(interrupted):
+    path, model, optimiser = interrupted
+    cosine = RUN | {"arguments": RUN["arguments"] | {"schedule": "cosine"}}
+    save_progress(path, model, optimiser, LOSSES, cosine)
+    assert load_progress(path, *started(7), cosine) == LOSSES
+    with pytest.raises(InputError, match="--max_epochs was 2, is 30"):
+        load_progress(path, *started(7), cosine | {"arguments": cosine["arguments"] | {"max_epochs": 30}})
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -1,4 +1,4 @@
-"""The loss against its formula in loops, against numbers by hand, and its gradient against finite differences."""
+"""The losses against their formulas in loops and numbers by hand; HECLIP's gradient against finite differences."""
 
 from math import exp, log
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from heclip.loss import image_centric_loss
+from heclip.loss import LOSSES, bleep_loss, clip_loss, image_centric_loss, regression_loss
 
 IMAGE = [[1.0, -0.5], [0.3, 0.8], [-0.6, 0.2]]
 EXPRESSION = [[0.7, 0.1], [-0.4, 0.9], [0.5, -1.1]]
@@ -100,3 +100,76 @@ def test_the_loss_is_computed_in_float32_whatever_the_embeddings_type(dtype):
 def test_long_embeddings_give_a_finite_loss():
     image = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * 10  # products far beyond exp's range
     assert torch.isfinite(image_centric_loss(image, image))
+
+
+# ------------------------------------------------------------------------------ the losses it is compared with
+
+
+def dot(x, y):
+    return sum(a * b for a, b in zip(x, y, strict=True))
+
+
+def cross_entropy(logits, targets):
+    """Mean over rows of - sum_j targets_ij log softmax(logits_i)_j."""
+    return sum(-dot(target, map(log, softmax(row))) for row, target in zip(logits, targets, strict=True)) / len(logits)
+
+
+def transposed(matrix):
+    return [list(column) for column in zip(*matrix, strict=True)]
+
+
+def slow_clip(image, expression, temperature):
+    def cosine(x, y):
+        return dot(x, y) / (dot(x, x) * dot(y, y)) ** 0.5
+
+    logits = [[cosine(x, y) / temperature for y in expression] for x in image]
+    own = [[float(i == j) for j in range(len(image))] for i in range(len(image))]
+    return (cross_entropy(logits, own) + cross_entropy(transposed(logits), own)) / 2
+
+
+def slow_bleep(image, expression, temperature):
+    n = range(len(image))
+    logits = [[dot(y, x) / temperature for x in image] for y in expression]
+    targets = [softmax([(dot(image[i], image[j]) + dot(expression[i], expression[j])) / 2 * temperature for j in n])
+               for i in n]
+    return (cross_entropy(logits, targets) + cross_entropy(transposed(logits), transposed(targets))) / 2
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize(("fast", "slow"), [(clip_loss, slow_clip), (bleep_loss, slow_bleep)])
+def test_the_two_sided_losses_equal_their_formulas_in_loops(fast, slow, temperature):
+    loss = fast(torch.tensor(IMAGE), torch.tensor(EXPRESSION), temperature)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(slow(IMAGE, EXPRESSION, temperature), rel=1e-5)
+
+
+def test_clip_of_two_spots_is_worked_out_by_hand_and_length_does_not_count():
+    image, expression = torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([[2.0, 0.0], [0.0, 7.0]])
+    # Cosines 1 and 0, divided by 1 / ln 3: likelihoods 3/4 and 1/4 on every row and column.
+    assert clip_loss(image, expression, 1 / log(3)).item() == pytest.approx(log(4 / 3))
+    assert clip_loss(image, expression.flip(0), 1 / log(3)).item() == pytest.approx(log(4))
+
+
+def test_a_learned_temperature_has_the_gradient_of_the_formula():
+    temperature = torch.tensor(0.5, requires_grad=True)
+    clip_loss(torch.tensor(IMAGE), torch.tensor(EXPRESSION), temperature).backward()
+    step = 1e-5
+    slope = (slow_clip(IMAGE, EXPRESSION, 0.5 + step) - slow_clip(IMAGE, EXPRESSION, 0.5 - step)) / (2 * step)
+    assert temperature.grad.item() == pytest.approx(slope, rel=1e-3)
+
+
+def test_regression_is_the_mean_squared_error_whatever_the_temperature():
+    predicted, expression = torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    assert regression_loss(predicted, expression).item() == pytest.approx((4 + 9) / 4)
+    assert regression_loss(predicted, expression, 7.0) == regression_loss(predicted, expression)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_every_loss_is_finite_float32_for_long_half_precision_embeddings_and_so_is_its_gradient(name):
+    image, expression = (10 * torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    image.requires_grad_()
+    loss = LOSSES[name](image, expression, 0.1)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(image.grad).all()

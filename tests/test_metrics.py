@@ -3,21 +3,35 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
+import scanpy
+import scipy.sparse
 import scipy.stats
 
 from heclip.metrics import (
     HIT_AT,
     TOP_GENES,
+    bootstrap,
+    ceiling_per_gene,
+    error_per_gene,
+    halves,
     hit_at_k,
     js_per_gene,
     mean_defined,
+    morans_i,
+    neighbour_graph,
     pearson_per_gene,
+    pearson_per_spot,
     rank_genes,
+    recall_at_k,
     rmse_per_gene,
     score,
+    score_further,
+    spearman_per_gene,
     ssim_per_gene,
     standardise,
+    windowed_ssim_per_gene,
 )
 from heclip.retrieval import average_expression, random_spots
 
@@ -284,3 +298,281 @@ def test_the_mean_over_genes_is_nan_only_where_no_gene_is_defined():
     assert mean_defined(np.array([NAN, 1, 3])) == 2
     assert np.isnan(mean_defined(np.array([NAN, NAN])))
     assert np.isnan(mean_defined(np.array([])))
+
+
+# ------------------------------------------------------------------------------ what the published scores leave out
+
+
+def lattice(rows=12, columns=9, staggered=False):
+    """array_row, array_col and centres (n, 2) of a lattice, some places of it empty, in no order."""
+    rng = np.random.default_rng(rows)
+    row, col = np.mgrid[:rows, :columns].reshape(2, -1)
+    order = rng.permutation(len(row))[:len(row) * 5 // 6]
+    row, col = row[order], col[order]
+    if staggered:
+        col = 2 * col + row % 2
+        return row + 5, col + 3, np.column_stack([50 * col, 100 * 0.75**0.5 * row])
+    return row + 3, col + 2, np.column_stack([100 * col, 100 * row]) + 7.0
+
+
+def smooth_genes(xy, genes=5, seed=0):
+    """Truth that varies smoothly over the tissue, and a prediction that follows it with noise. (n, G) each."""
+    rng = np.random.default_rng(seed)
+    waves = np.sin(xy @ rng.normal(0, 0.006, (2, genes)) + rng.uniform(0, 6, genes)) + 1
+    return waves + rng.normal(0, 0.3, waves.shape), waves + rng.normal(0, 0.2, waves.shape)
+
+
+def slow_spearman(p, t):
+    return scipy.stats.spearmanr(p, t).statistic
+
+
+def test_spearman_equals_scipys_ties_and_constant_genes_included():
+    prediction, truth = (np.round(x, 1) for x in expression_pair(seed=11))
+    expected = gene_by_gene(slow_spearman, prediction, truth)
+    assert np.isnan(expected).any()
+    np.testing.assert_allclose(spearman_per_gene(prediction, truth), expected, rtol=0, atol=1e-10)
+
+
+def test_spearman_asks_for_the_order_alone():
+    prediction, truth = expression_pair()
+    np.testing.assert_allclose(spearman_per_gene(np.exp(3 * prediction), truth), spearman_per_gene(prediction, truth))
+    np.testing.assert_allclose(spearman_per_gene(column(1, 2, 900), column(3, 4, 5)), [1])
+    np.testing.assert_allclose(spearman_per_gene(column(0, 0, 5), column(0, 7, 7)), [0.5])  # (1.5,1.5,3), (1,2.5,2.5)
+
+
+def test_pearson_per_spot_is_that_of_its_row():
+    prediction, truth = expression_pair()
+    prediction[2] = 0.0  # a spot of which nothing is predicted
+    expected = gene_by_gene(slow_pearson, prediction.T, truth.T)
+    np.testing.assert_allclose(pearson_per_spot(prediction, truth), expected, rtol=0, atol=1e-10)
+    assert np.isnan(pearson_per_spot(prediction, truth)[2])
+
+
+def test_the_error_is_in_the_units_of_the_expression():
+    np.testing.assert_allclose(error_per_gene(np.float32([[1, 5], [1, 2]]), np.float32([[4, 5], [5, 2]])),
+                               [12.5**0.5, 0])
+    prediction, truth = expression_pair()
+    slow = [np.sqrt(np.mean([(a - b) ** 2 for a, b in zip(p, t, strict=True)]))
+            for p, t in zip(prediction.T, truth.T, strict=True)]
+    np.testing.assert_allclose(error_per_gene(prediction, truth), slow)
+
+
+def slow_recall(prediction, truth, k):
+    def top(row):
+        return set(sorted(range(len(row)), key=lambda gene: (-row[gene], gene))[:k])
+
+    return np.mean([len(top(p) & top(t)) / len(top(t)) for p, t in zip(prediction, truth, strict=True)])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 40, 100])  # there are 40 genes
+def test_recall_at_k_is_the_share_of_the_true_top_that_was_found(k):
+    prediction, truth = (np.round(x, 1) for x in expression_pair(seed=12))
+    assert recall_at_k(prediction, truth, k) == pytest.approx(slow_recall(prediction, truth, k), abs=1e-12)
+
+
+def test_recall_at_two_of_two_spots_counted_by_hand():
+    truth, prediction = np.array([[9, 8, 1, 0], [9, 8, 1, 0]]), np.array([[5, 1, 4, 0], [0, 1, 2, 3]])
+    assert recall_at_k(prediction, truth, 2) == 0.25  # one of two, none of two
+    assert recall_at_k(prediction, truth, 1) == 0.5
+
+
+@pytest.mark.parametrize(("staggered", "most"), [(False, 8), (True, 6)])
+def test_neighbours_are_those_beside_a_spot_on_the_lattice(staggered, most):
+    row, col, xy = lattice(staggered=staggered)
+    graph = neighbour_graph(xy).toarray()
+    for i in range(len(row)):
+        for j in range(len(row)):
+            down, across = abs(row[i] - row[j]), abs(col[i] - col[j])
+            beside = (down, across) in {(0, 2), (1, 1)} if staggered else max(down, across) == 1
+            assert graph[i, j] == beside
+    assert graph.sum(axis=1).max() == most
+
+
+def slow_morans_i(x, graph):
+    """n / W times the sum over pairs of w_ij z_i z_j, over the sum of squares."""
+    z = x - x.mean()
+    pairs = sum(graph[i, j] * z[i] * z[j] for i in range(len(x)) for j in range(len(x)))
+    return len(x) / graph.sum() * pairs / (z**2).sum()
+
+
+def test_morans_i_equals_its_formula_in_loops_and_scanpys():
+    _, _, xy = lattice()
+    xy = np.vstack([xy, [[9000, 9000]]])  # a spot without neighbours
+    truth = smooth_genes(xy)[1]
+    graph = neighbour_graph(xy)
+    assert graph.sum(axis=1).min() == 0
+    values = morans_i(truth, graph)
+    np.testing.assert_allclose(values, [slow_morans_i(gene, graph.toarray()) for gene in truth.T], atol=1e-12)
+    np.testing.assert_allclose(values, scanpy.metrics.morans_i(graph, truth.T.copy()), atol=1e-10)
+    assert values.min() > 0.2
+
+
+def test_morans_i_of_a_chequered_and_a_constant_gene():
+    graph = scipy.sparse.csr_matrix(np.array([[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]]))  # a chain
+    values = morans_i(np.array([[0, 0.1, 0], [1, 0.1, 0], [0, 0.1, 1], [1, 0.1, 1]]), graph)
+    np.testing.assert_allclose(values, [-1, NAN, 1 / 3])
+
+
+def slow_windowed_ssim(p, t, row, col, window=7):
+    """Spot by spot: the mean over spots of the structural similarity of the spots in the window around each."""
+    c1, c2 = (0.01 * np.ptp(t)) ** 2, (0.03 * np.ptp(t)) ** 2
+    values = []
+    for i in range(len(t)):
+        near = [j for j in range(len(t)) if max(abs(row[i] - row[j]), abs(col[i] - col[j])) <= window // 2]
+        a, b = p[near], t[near]
+        covariance = np.mean((a - a.mean()) * (b - b.mean()))
+        values.append((2 * a.mean() * b.mean() + c1) * (2 * covariance + c2)
+                      / ((a.mean() ** 2 + b.mean() ** 2 + c1) * (a.var() + b.var() + c2)))
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("window", [3, 7])
+@pytest.mark.parametrize("staggered", [False, True])
+def test_windowed_ssim_equals_a_loop_over_windows(staggered, window):
+    row, col, xy = lattice(staggered=staggered)
+    prediction, truth = smooth_genes(xy)
+    prediction[:, 1] -= 2  # below zero too
+    truth[:, 2] = 0.1
+    values = windowed_ssim_per_gene(prediction, truth, pd.Series(row), pd.Series(col), window)
+    place = col // 2 if staggered else col
+    assert np.isnan(values[2])
+    for gene in (0, 1, 3, 4):
+        slow = slow_windowed_ssim(prediction[:, gene], truth[:, gene], row, place, window)
+        assert values[gene] == pytest.approx(slow, abs=1e-10)
+
+
+def test_windowed_ssim_is_one_for_the_truth_and_sees_where_a_gene_is():
+    row, col, xy = lattice()
+    _, truth = smooth_genes(xy)
+    np.testing.assert_allclose(windowed_ssim_per_gene(truth, truth, row, col), 1)
+    shuffled = np.random.default_rng(0).permutation(len(row))  # of both alike: the global form cannot tell
+    noisy = truth + np.random.default_rng(1).normal(0, 0.3, truth.shape)
+    np.testing.assert_allclose(ssim_per_gene(noisy[shuffled], truth[shuffled]), ssim_per_gene(noisy, truth))
+    apart = windowed_ssim_per_gene(noisy[shuffled], truth[shuffled], row, col)
+    assert (np.abs(apart - windowed_ssim_per_gene(noisy, truth, row, col)) > 0.001).all()
+
+
+def test_the_further_scores_are_those_of_their_functions():
+    row, col, xy = lattice(staggered=True)
+    prediction, truth = smooth_genes(xy, genes=6)
+    truth[:, 4] = 0.3
+    spots = pd.DataFrame({"array_row": row, "array_col": col})
+    summary = score_further(prediction, truth, spots, xy)
+    graph, varying = neighbour_graph(xy).toarray(), [0, 1, 2, 3, 5]
+    pearson = gene_by_gene(slow_pearson, prediction, truth)[varying]
+    predicted, measured = (np.array([slow_morans_i(x[:, g], graph) for g in varying]) for x in (prediction, truth))
+    assert summary == pytest.approx({
+        "Pearson, median": np.median(pearson),
+        "Pearson per spot": gene_by_gene(slow_pearson, prediction.T, truth.T).mean(),
+        "Spearman": gene_by_gene(slow_spearman, prediction, truth)[varying].mean(),
+        "RMSE, log-normalised": np.sqrt(((prediction - truth) ** 2).mean(axis=0)).mean(),
+        "SSIM, windows": windowed_ssim_per_gene(prediction, truth, row, col)[varying].mean(),
+        "Moran's I, r": slow_pearson(predicted, measured),
+        "Moran's I, ratio": predicted.mean() / measured.mean(),
+        **{f"recall@{k}": slow_recall(prediction, truth, k) for k in HIT_AT}}, abs=1e-10)
+    without = score_further(prediction, truth, spots[["array_row"]], xy)
+    assert without.keys() == summary.keys() - {"SSIM, windows"}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("n", "genes"), [(1, 4), (2, 3), (2, 1)])
+def test_a_section_of_one_or_two_spots_is_scored_without_a_crash(n, genes):
+    rng = np.random.default_rng(n)
+    prediction, truth = rng.random((2, n, genes))
+    spots = pd.DataFrame({"array_row": [0, 1][:n], "array_col": [0, 1][:n]})
+    xy = np.array([[5.0, 5.0], [105.0, 5.0]])[:n]
+    summary = score_further(prediction, truth, spots, xy)
+    assert np.isnan(summary["Spearman"]) == (n == 1)
+    assert np.isnan(bootstrap(prediction, truth, xy, slice(None))).all()
+
+
+# ------------------------------------------------------------------------------ how certain, and how high at most
+
+
+def slow_bootstrap(prediction, truth, xy, genes, draws, seed):
+    """The same draws of blocks, but every draw is laid out as spots and correlated gene by gene."""
+    distance = np.linalg.norm(xy[:, None] - xy, axis=2) + np.diag([np.inf] * len(xy))
+    side = 5 * np.median(distance.min(axis=1))
+    names = [(int(x // side), int(y // side)) for x, y in xy]
+    blocks = [np.flatnonzero([name == block for name in names]) for block in sorted(set(names))]
+    chosen = np.random.default_rng(seed).multinomial(len(blocks), np.full(len(blocks), 1 / len(blocks)), size=draws)
+    means = []
+    for counts in chosen:
+        spots = np.concatenate([block for block, count in zip(blocks, counts, strict=True) for _ in range(count)])
+        r = [slow_pearson(p, t) for p, t in zip(prediction[spots][:, genes].T, truth[spots][:, genes].T, strict=True)
+             if len(set(p)) > 1 and len(set(t)) > 1]
+        means.append(np.mean(r) if r else NAN)
+    return np.nanpercentile(means, [2.5, 97.5])
+
+
+@pytest.mark.parametrize("genes", [slice(None), np.array([5, 0, 3]), np.array([3])])
+def test_bootstrap_equals_resampling_spots_block_by_block(genes):
+    _, _, xy = lattice(24, 18)
+    prediction, truth = smooth_genes(xy, genes=6)
+    truth[:, 1], prediction[:, 2] = 1 / 3, 0.1  # constant: left out
+    truth[:, 3] = 0.7
+    truth[5, 3] = 1.9  # constant in every draw without the block of spot 5
+    fast = bootstrap(prediction, truth, xy, genes, draws=40, seed=3)
+    np.testing.assert_allclose(fast, slow_bootstrap(prediction, truth, xy, genes, 40, 3), rtol=0, atol=1e-9)
+    assert fast == bootstrap(prediction, truth, xy, genes, draws=40, seed=3)
+
+
+def test_the_interval_holds_the_score_and_is_narrower_for_more_tissue():
+    widths = []
+    for rows, columns in ((20, 20), (60, 60)):
+        _, _, xy = lattice(rows, columns)
+        prediction, truth = smooth_genes(xy, genes=8)
+        low, high = bootstrap(prediction, truth, xy, slice(None))
+        assert low < pearson_per_gene(prediction, truth).mean() < high
+        widths.append(high - low)
+    assert widths[1] < 0.6 * widths[0]
+
+
+def test_a_prediction_that_is_constant_has_no_interval():
+    _, _, xy = lattice(24, 18)
+    _, truth = smooth_genes(xy)
+    flat = np.tile(truth.mean(axis=0), (len(truth), 1)).astype(np.float32)
+    assert np.isnan(bootstrap(flat, truth, xy, slice(None))).all()
+
+
+@pytest.mark.parametrize("kind", [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.csr_array])
+def test_halves_add_up_to_the_counts_and_leave_them_alone(kind):
+    rng = np.random.default_rng(0)
+    dense = rng.poisson(rng.gamma(0.5, 6, 40), (300, 40)).astype(np.float32)
+    counts = kind(dense)
+    first, second = halves(counts, seed=1)
+    np.testing.assert_array_equal((first + second).toarray(), dense)
+    np.testing.assert_array_equal(counts.toarray(), dense)
+    for half in (first, second):
+        values = half.toarray()
+        assert half.dtype == np.float32
+        assert (values >= 0).all()
+        assert (values == np.rint(values)).all()
+        assert values.sum() == pytest.approx(dense.sum() / 2, rel=0.02)
+    # Given n molecules a half holds binomial(n, 1/2) of them, of variance n / 4.
+    assert ((first.toarray() - dense / 2) ** 2).sum() == pytest.approx(dense.sum() / 4, rel=0.1)
+    assert (halves(counts, seed=1)[0] != first).nnz == 0
+    assert (halves(counts, seed=2)[0] != first).nnz > 0
+
+
+def test_the_ceiling_is_what_the_noise_free_field_reaches():
+    rng = np.random.default_rng(5)
+    field = np.exp(rng.normal(0, 0.5, (6000, 12))) * np.geomspace(1, 30, 12)  # molecules expected
+    counts = rng.poisson(field)
+    ceiling = ceiling_per_gene(*(half.toarray() for half in halves(scipy.sparse.csr_matrix(counts))))
+    reached = gene_by_gene(slow_pearson, field, counts)
+    np.testing.assert_allclose(ceiling, reached, rtol=0, atol=0.04)
+    assert ceiling[0] < 0.6
+    assert ceiling[-1] > 0.95
+    logged = ceiling_per_gene(*(np.log1p(half.toarray()) for half in halves(scipy.sparse.csr_matrix(counts))))
+    np.testing.assert_allclose(logged, gene_by_gene(slow_pearson, np.log1p(field), np.log1p(counts)), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize(("half", "other", "expected"), [
+    ((1, 2, 3), (2, 4, 6), 1),
+    ((1, 2, 3), (1, 3, 2), (2 * 0.5 / 1.5) ** 0.5),  # r = 1/2
+    ((1, 2, 3), (3, 2, 1), 0),
+    ((1, 2, 3), (0, 0, 0), NAN),
+])
+def test_the_ceiling_of_three_spots_is_that_of_spearman_and_brown(half, other, expected):
+    np.testing.assert_allclose(ceiling_per_gene(column(*half), column(*other)), [expected], atol=1e-7)

@@ -349,3 +349,46 @@ def test_lite0_finds_its_packaged_weights_and_becomes_another_network(monkeypatc
     assert torch.equal(target.conv_stem.weight, entries[0])
     assert len(entries) == len(filled) + 2
     assert all(torch.equal(a, b) for a, b in zip(filled, entries[:-2], strict=True))
+
+
+# ------------------------------------------------------------------------------ regression, temperature, raw pixels
+
+
+def test_a_regression_model_predicts_expression_by_one_linear_layer():
+    model = HECLIP(config("regression")).eval()
+    pixels, expression = torch.randn(3, 3, 32, 32), torch.rand(3, 37)
+    with torch.inference_mode():
+        features = model.image_encoder(pixels)
+        layer = model.state_dict()
+        torch.testing.assert_close(model.encode_image(pixels), features @ layer["image_projection.weight"].T
+                                   + layer["image_projection.bias"])
+    assert model.width == 37
+    assert torch.equal(model.encode_expression(expression), expression)
+    assert {key for key in layer if not key.startswith("image_encoder.")} == {"image_projection.weight",
+                                                                             "image_projection.bias"}
+
+
+def test_a_learned_temperature_starts_as_configured_stays_above_zero_and_is_kept():
+    model = HECLIP(config(temperature=0.1, learned_temperature=True))
+    assert model.temperature.item() == pytest.approx(0.1)
+    model.temperature.backward()
+    assert model.log_temperature.grad.item() == pytest.approx(0.1)  # of exp
+    with torch.no_grad():
+        model.log_temperature -= 5
+    again = HECLIP(model.config)
+    again.load_state_dict(model.state_dict())
+    assert again.temperature.item() == pytest.approx(0.1 * np.exp(-5))
+
+
+def test_a_fixed_temperature_is_a_number_and_no_weight():
+    model = HECLIP(config(temperature=4.0))
+    assert model.temperature == 4.0
+    assert "log_temperature" not in model.state_dict()
+
+
+def test_raw_pixels_are_kept_in_the_config_as_blue_first_and_unscaled():
+    raw = config(pixels="raw_bgr")
+    assert raw.bgr
+    assert raw.mean == (0, 0, 0)
+    np.testing.assert_allclose(raw.std, 1 / 255)
+    assert not config().bgr

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from heclip.retrieval import average_expression, random_spots, retrieve
+from heclip.retrieval import average_expression, random_spots, retrieve, smooth, spread
 
 
 def cosine(query, reference):
@@ -81,3 +81,51 @@ def test_random_spots_are_different_within_a_row_seeded_and_spread_over_the_whol
     assert (drawn != random_spots(200, 30, 10, seed=2)).any()
     assert len({tuple(row) for row in drawn}) == 200
     assert sorted(random_spots(1, 4, 10, seed=0)[0]) == [0, 1, 2, 3]
+
+
+def test_the_spread_equals_a_loop():
+    rng = np.random.default_rng(2)
+    index = np.stack([rng.permutation(9)[:5] for _ in range(12)])
+    expression = rng.gamma(1, 1, (9, 6)).astype(np.float32)
+    expected = [np.mean([np.std(expression[rows, gene]) for gene in range(6)]) for rows in index]
+    np.testing.assert_allclose(spread(index, expression), expected, atol=1e-4)
+
+
+def test_spots_that_are_alike_have_no_spread_and_neither_has_a_single_one():
+    index, same = np.tile(np.arange(5), (12, 1)), np.tile(np.float32([0, 0.1, 3, 7, 1 / 3, 5]), (9, 1))
+    np.testing.assert_allclose(spread(index, same), 0, atol=2e-3)  # the root of rounding
+    np.testing.assert_allclose(spread(index[:, :1], np.random.default_rng(0).random((9, 6))), 0, atol=2e-3)
+    assert np.isfinite(spread(index, same)).all()
+
+
+def slow_smooth(prediction, xy, width):
+    distance = np.linalg.norm(xy[:, None] - xy, axis=2)
+    pitch = np.median(np.sort(distance, axis=1)[:, 1])
+    smoothed = []
+    for row in distance / pitch:
+        near = np.flatnonzero(row <= 4.001 * width)
+        weight = np.exp(-(row[near] / width) ** 2 / 2)
+        smoothed.append((weight[:, None] * prediction[near]).sum(axis=0) / weight.sum())
+    return np.array(smoothed)
+
+
+@pytest.mark.parametrize("width", [0.1, 0.5, 1.0, 3.0])
+def test_smoothing_is_the_gaussian_average_over_neighbours(width):
+    rng = np.random.default_rng(3)
+    xy = np.vstack([rng.permutation(np.argwhere(np.ones((7, 9))))[:50] * 130.0, [[9000, 0]]])  # one far from all
+    prediction = rng.gamma(1, 1, (51, 4)).astype(np.float32)
+    smoothed = smooth(prediction, xy, width)
+    assert smoothed.dtype == np.float32
+    np.testing.assert_allclose(smoothed, slow_smooth(prediction, xy, width), rtol=1e-5)
+    np.testing.assert_allclose(smoothed[-1], prediction[-1], rtol=1e-6)
+    np.testing.assert_allclose(smooth(np.full((51, 2), 0.3, np.float32), xy, width), 0.3, rtol=1e-6)
+    np.testing.assert_allclose(smooth(prediction, 3.7 * xy + 11, width), smoothed, rtol=1e-5)  # any unit
+
+
+def test_width_zero_smooths_nothing_and_a_lone_spot_stays_as_it_is():
+    prediction = np.float32([[1, 5], [3, 1]])
+    xy = np.array([[0.0, 0.0], [100.0, 0.0]])
+    np.testing.assert_array_equal(smooth(prediction, xy, 0), prediction)
+    np.testing.assert_allclose(smooth(prediction[:1], xy[:1], 0.5), prediction[:1])
+    own = 1 / (1 + np.exp(-0.5))  # the other spot lies one width away
+    np.testing.assert_allclose(smooth(prediction, xy, 1.0)[0], own * prediction[0] + (1 - own) * prediction[1])

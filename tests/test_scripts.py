@@ -1,6 +1,7 @@
 """The scripts as a user runs them: the demo at a small size, from preprocessing to figures."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,8 +20,10 @@ import infer
 import main
 import preprocess_demo
 from heclip.dataset import Processed, Run
+from heclip.expression import choose_panel
 from heclip.files import InputError, sha256
 from heclip.preprocess import preprocess
+from heclip.recipes import PREDICTION, TRAINING
 
 GRID, GENES = (14, 12), 150
 TRAIN = ["--encoder", "test_resnet", "--no-pretrained", "--batch_size", "16", "--device", "cpu"]
@@ -296,4 +299,159 @@ def test_the_untrained_model_is_the_one_training_started_from(trained, tmp_path)
     run = Run("small", "heg", tmp_path)
     kept = torch.load(run.checkpoint, weights_only=True)["model"]
     for name, value in infer.untrained_model(run).named_parameters():
-        assert torch.equal(value, kept[name]), name
+        if name != "expression_head.bias":  # the mean profile of the training spots
+            assert torch.equal(value, kept[name]), name
+
+
+# ------------------------------------------------------------------------------ recipes, and other sections held out
+
+
+@pytest.mark.parametrize("recipe", [name for name in TRAINING if name != "heclip"])  # that one is trained above
+def test_a_recipe_trains_predicts_and_is_remembered(trained, tmp_path, recipe):
+    here = ["--dataset", "small", "--save_path", str(tmp_path)]
+    main.main([*here, *TRAIN, "--max_epochs", "1", "--recipe", recipe])
+    infer.main([*here, "--device", "cpu", "--no-figures"])
+    run = Run("small", "heg", tmp_path)
+    facts = torch.load(run.checkpoint, weights_only=True)
+    expected = TRAINING[recipe] | {"encoder_lr": TRAINING[recipe]["encoder_lr"] or TRAINING[recipe]["lr"]}
+    assert {flag: facts["arguments"][flag] for flag in expected} == expected
+    assert facts["config"]["bgr"] == (recipe == "published")
+    assert ("log_temperature" in facts["model"]) == (recipe == "clip")
+    if recipe == "clip":
+        assert facts["model"]["log_temperature"].exp() != pytest.approx(0.1, rel=1e-6)
+    scores, prediction = json.loads(run.scores.read_text()), run.prediction.read_bytes()
+    used = PREDICTION[recipe] | ({"retrieval": "regression"} if recipe == "regression" else {})
+    assert {flag: scores[flag] for flag in ("recipe", *used)} == {"recipe": recipe} | used
+    assert set(scores["scores"]) == ({"regression", "random"} if recipe == "regression" else
+                                     {"both", "gene", "image", "random"})
+    if recipe in ("published", "bleep"):  # not smoothed: the plain mean of the nearest 50
+        query, *reference = (np.load(run.embeddings(f"DEMO_{letter}1")) for letter in "CABD")
+        key = PREDICTION[recipe]["retrieval"]
+        nearest = np.concatenate([part[key] for part in reference])
+        similarity = (query["image"] / np.linalg.norm(query["image"], axis=1, keepdims=True)) @ (
+            nearest / np.linalg.norm(nearest, axis=1, keepdims=True)).T
+        processed = Processed("small")
+        expression = np.concatenate([processed.expression(f"DEMO_{letter}1", "heg", processed.panel("heg"))
+                                     for letter in "ABD"])
+        plain = np.stack([expression[np.argsort(-row)[:50]].mean(axis=0) for row in similarity])
+        np.testing.assert_allclose(anndata.read_h5ad(run.prediction).X, plain, atol=1e-3)
+    run.prediction.unlink()
+    infer.main([*here, "--from_ebd", "--no-figures"])  # knows its recipe without the model
+    assert json.loads(run.scores.read_text()) == scores
+    assert run.prediction.read_bytes() == prediction
+
+
+@pytest.fixture(scope="module")
+def held_out(trained, tmp_path_factory):
+    """A run with DEMO_A1 held out instead, on genes of the other type and without validation: flags, folder."""
+    results = tmp_path_factory.mktemp("held_out")
+    here = ["--dataset", "small", "--save_path", str(results)]
+    main.main([*here, *TRAIN, "--max_epochs", "1", "--query", "DEMO_A1", "--panel", "hvg", "--val_fraction", "0"])
+    infer.main([*here, "--device", "cpu", "--no-figures", "--query", "DEMO_A1", "--panel", "hvg"])
+    return here, results
+
+
+def test_another_section_held_out_chooses_another_reference_and_panel(held_out):
+    run, processed = Run("small", "heg", held_out[1]), Processed("small")
+    facts = torch.load(run.checkpoint, weights_only=True)
+    reference = ["DEMO_B1", "DEMO_C1", "DEMO_D1"]
+    genes = {name: processed.genes(name) for name in reference}
+    panel = choose_panel("hvg", genes, 60, [processed.genes("DEMO_A1").index])
+    assert (facts["reference"], facts["panel"], facts["panel_name"]) == (reference, list(panel.index), "hvg")
+    assert facts["panel"] != list(processed.panel("hvg").index)
+    prediction = anndata.read_h5ad(run.prediction)
+    assert list(prediction.obs_names) == list(processed.read("DEMO_A1").obs_names)
+    assert list(prediction.var_names) == facts["panel"]
+    symbols = processed.panel("hvg").attrs["markers"]
+    assert list(prediction.var["marker"]) == [symbol in symbols for symbol in prediction.var["symbol"]]
+    scores = json.loads(run.scores.read_text())
+    assert (scores["query"], scores["reference"]) == ("DEMO_A1", reference)
+
+
+def test_without_validation_the_last_epoch_is_kept_and_no_correlation_is_expected(held_out):
+    run = Run("small", "heg", held_out[1])
+    assert list(pd.read_csv(run.losses).columns) == ["epoch", "train_loss"]
+    assert "validation_pearson" not in torch.load(run.checkpoint, weights_only=True)
+    assert "expected_pearson" not in anndata.read_h5ad(run.prediction).var
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--panel", "hvg"], "trained on DEMO_C1, which is now the query"),
+    (["--panel", "hvg", "--query", "DEMO_B1"], "trained on DEMO_B1, which is now the query"),
+    (["--panel", "hvg", "--query", "DEMO_B1", "--from_ebd"], r"DEMO_B1\.npz was trained on DEMO_B1"),
+    (["--panel", "hvg", "--query", "DEMO_Z1"], "no such section, but DEMO_A1, DEMO_B1, DEMO_C1, DEMO_D1"),
+    (["--panel", "hvg", "--query", "DEMO_A1", "DEMO_B1"], "2 query sections; exactly one"),
+    (["--query", "DEMO_A1"], r"another gene panel: .* --panel \(it was hvg\)"),
+    (["--query", "DEMO_A1", "--from_ebd"], "another panel than DEMO_B1 has now"),
+])
+def test_prediction_of_what_the_model_was_not_trained_for_is_refused(held_out, flags, says):
+    here, results = held_out
+    before = hashes(results)
+    with pytest.raises(InputError, match=says):
+        infer.main([*here, "--device", "cpu", "--no-figures", *flags])
+    assert hashes(results) == before
+
+
+def test_holding_out_everything_is_refused(trained):
+    with pytest.raises(InputError, match="no section is left to learn from"):
+        main.main(["--dataset", "small", *TRAIN, "--query", *(f"DEMO_{letter}1" for letter in "ABCD")])
+
+
+@pytest.mark.parametrize("name", ["heg", "hvg", "heg_paper"])
+def test_the_panel_chosen_anew_is_the_one_on_disk_for_the_same_reference(trained, name, monkeypatch):
+    processed = Processed("small")
+    reference, query = processed.roles()
+    assert (reference, query) == (["DEMO_A1", "DEMO_B1", "DEMO_D1"], ["DEMO_C1"])
+    on_disk = processed.panel(name)
+    pd.testing.assert_frame_equal(processed.panel_for(name, reference), on_disk)
+    if name == "heg_paper":  # chosen by all sections, whoever asks
+        pd.testing.assert_frame_equal(processed.panel_for(name, ["DEMO_B1"]), on_disk)
+        return
+    unknown = processed.panel(name)
+    unknown.attrs["sections"] = ["other"]
+    monkeypatch.setattr(Processed, "panel", lambda *_: unknown)
+    anew = processed.panel_for(name, reference)
+    pd.testing.assert_frame_equal(anew, on_disk, check_dtype=False)
+    assert anew.attrs["sections"] == reference
+    one = processed.panel_for(name, ["DEMO_B1"])
+    assert len(one) == 60
+    assert list(one.columns) == ["symbol", "marker", "rank_DEMO_B1"]
+
+
+def test_flags_override_the_recipe_wherever_they_stand():
+    for argv in (["--recipe", "clip", "--lr", "0.5", "--pixels", "raw_bgr"],
+                 ["--lr", "0.5", "--pixels", "raw_bgr", "--recipe", "clip"]):
+        args = main.parse(argv)
+        assert {flag: getattr(args, flag) for flag in TRAINING["clip"]} == TRAINING["clip"] | {
+            "lr": 0.5, "pixels": "raw_bgr"}
+    assert main.parse([]).recipe == "heclip"
+    assert main.parse(["--lr", "0.5"]).encoder_lr == 0.5  # as the heads'
+    assert main.parse(["--lr", "0.5", "--encoder_lr", "0"]).encoder_lr == 0
+
+
+def test_help_tells_the_default_recipes_values(capsys):
+    with pytest.raises(SystemExit):
+        main.parse(["--help"])
+    assert "of the loss (default: 4.0)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("script", "flag"), [(infer, "--smoothing"), (main, "--colour_jitter")])
+@pytest.mark.parametrize("value", ["-0.1", "nan", "inf", "much"])
+def test_widths_and_strengths_below_zero_are_refused(script, flag, value, capsys):
+    with pytest.raises(SystemExit):
+        script.parse([f"{flag}={value}"])
+    assert flag in capsys.readouterr().err
+
+
+def test_the_learning_rate_rises_for_a_twentieth_and_falls_along_half_a_cosine_to_zero():
+    factors = [main.learning_rate_factor(step, 200, "cosine") for step in range(1, 201)]
+    assert factors[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert factors[104] == pytest.approx(0.5)  # half of the way from step 10 to 200
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[-1] == pytest.approx(0, abs=1e-12)
+    assert factors[57] == pytest.approx((1 + math.cos(math.pi * 48 / 190)) / 2)
+    for steps in (1, 2, 3, 20):
+        few = [main.learning_rate_factor(step, steps, "cosine") for step in range(1, steps + 1)]
+        assert few[0] == 1  # one step at least at the full rate
+        assert all(0 <= factor <= 1 for factor in few)
+    assert {main.learning_rate_factor(step, 200, "constant") for step in (1, 7, 200)} == {1}

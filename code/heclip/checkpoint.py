@@ -9,7 +9,7 @@ from .dataset import first_line
 from .files import InputError, atomic_path
 from .model import HECLIP, ModelConfig
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_checkpoint(path, model, **facts):
@@ -51,7 +51,8 @@ def check_fits(path, facts, dataset, name, panel):
     if facts["panel"] != list(panel.index):
         shared = len(set(facts["panel"]) & set(panel.index))
         raise InputError(f"{path} was trained on another gene panel: {len(facts['panel'])} genes, now {len(panel)}, "
-                         f"{shared} shared. The data was preprocessed anew since: train again")
+                         f"{shared} shared. Name it with --panel (it was {facts['panel_name']}), or train again if the "
+                         "data was preprocessed anew since")
 
 
 def save_progress(path, model, optimiser, losses, facts):

@@ -68,6 +68,14 @@ def above_zero(text):
     return number
 
 
+def not_negative(text):
+    """An argument that must be a number of at least 0."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return number
+
+
 def pick_device(name):
     """The torch device of that name; `auto` takes a GPU, then Apple's, then the CPU."""
     import torch

@@ -196,8 +196,13 @@ class Processed:
         import anndata
         import h5py
 
-        with h5py.File(self.need(self.section_path(section))) as file:
-            return anndata.io.read_elem(file["var"])
+        path = self.need(self.section_path(section))
+        try:
+            with h5py.File(path) as file:
+                return anndata.io.read_elem(file["var"])
+        except Exception as error:  # HDF5 raises many kinds
+            raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
+                             f"python code/preprocess_{self.dataset}.py again") from error
 
     def panel_for(self, name, reference):
         """The panel of that name, chosen by these reference sections: as on disk, or anew if others chose that one.

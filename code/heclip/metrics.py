@@ -156,7 +156,7 @@ def recall_at_k(prediction, truth, k):
 
 
 def neighbour_graph(xy):
-    """Spots and their neighbours on the lattice: sparse bool (n, n), symmetric, from the centres xy (n, 2).
+    """Spots and their neighbours on the lattice: sparse (n, n), 1 or 0, symmetric, from the centres xy (n, 2).
 
     Neighbours lie within 1.5 times the usual distance to the nearest spot: 6 on Visium, 8 on a square lattice.
     """
@@ -227,7 +227,7 @@ def score_further(prediction, truth, spots, xy):
     predicted, measured = morans_i(prediction, graph), morans_i(truth, graph)
     both = np.isfinite(predicted) & np.isfinite(measured)
     if both.sum() > 1:
-        summary["Moran's I, r"] = float(np.corrcoef(predicted[both], measured[both])[0, 1])
+        summary["Moran's I, r"] = float(pearson_per_gene(predicted[both, None], measured[both, None])[0])
         summary["Moran's I, ratio"] = float(predicted[both].mean() / measured[both].mean())
     return summary | {f"recall@{k}": recall_at_k(prediction, truth, k) for k in HIT_AT}
 
@@ -239,20 +239,25 @@ def bootstrap(prediction, truth, xy, genes, draws=500, seed=0):
     """95 % interval of the mean Pearson over `genes` (an index), by drawing blocks of tissue with replacement.
 
     Neighbouring spots resemble each other, so single spots are not independent draws; blocks of 5 x 5 pitches are,
-    nearly. It tells the uncertainty within this section, not between sections. Returns (low, high).
+    nearly. It tells the uncertainty within this section, not between sections. Returns (low, high), NaN for tissue of
+    a single block.
     """
     pitch = np.median(cKDTree(xy).query(xy, 2)[0][:, 1])
     block = np.unique(np.floor(np.asarray(xy) / (5 * pitch)).astype(int), axis=0, return_inverse=True)[1].ravel()
-    p, t = (np.asarray(x, np.float64)[:, genes] for x in (prediction, truth))
+    p, t = (standardise(x)[:, genes] for x in (prediction, truth))
     member = scipy.sparse.csr_matrix((np.ones(len(block)), (block, np.arange(len(block)))))
     sums = np.stack([member @ x for x in (np.ones_like(p), p, t, p * p, t * t, p * t)])  # (6, blocks, G)
     n_blocks = sums.shape[1]
+    if n_blocks == 1:
+        return float("nan"), float("nan")
     counts = np.random.default_rng(seed).multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=draws)
     n, sum_p, sum_t, pp, tt, pt = np.einsum("db,sbg->sdg", counts, sums, optimize=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r = (n * pt - sum_p * sum_t) / np.sqrt((n * pp - sum_p**2) * (n * tt - sum_t**2))
-    means = [mean_defined(row) for row in np.where(np.isfinite(r), r, np.nan)]
-    return tuple(np.percentile(means, [2.5, 97.5]))
+    vary_p, vary_t = n * pp - sum_p**2, n * tt - sum_t**2
+    constant = (vary_p <= 1e-12 * n * pp) | (vary_t <= 1e-12 * n * tt)  # in the draw: rounding leaves no zero
+    r = (n * pt - sum_p * sum_t) / np.sqrt(np.where(constant, np.nan, vary_p * vary_t))
+    means = np.array([mean_defined(row) for row in r])
+    means = means[~np.isnan(means)]
+    return tuple(np.percentile(means, [2.5, 97.5])) if len(means) else (float("nan"), float("nan"))
 
 
 def halves(counts, seed=0):

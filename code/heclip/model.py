@@ -69,8 +69,16 @@ class HECLIP(nn.Module):
         self.expression_projection = (ProjectionHead(config.n_genes, self.width, config.dropout)
                                       if config.kind == "heg" else nn.Identity())
         self.expression_head = nn.Linear(features, config.n_genes) if config.expression_head else None
+        if predictor := self.predictor:  # the same for every image at first; main.py makes that the mean profile
+            nn.init.zeros_(predictor.weight)
+            nn.init.zeros_(predictor.bias)
         if config.learned_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(config.temperature).log())
+
+    @property
+    def predictor(self):
+        """The linear layer that predicts expression itself, or None."""
+        return self.image_projection if self.config.kind == "regression" else self.expression_head
 
     @property
     def temperature(self):
