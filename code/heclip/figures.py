@@ -15,6 +15,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from scipy.spatial import cKDTree
 
 from .files import atomic_path
 
@@ -23,6 +24,7 @@ SPOT_COLOUR = "#009540"  # far from every colour of haematoxylin and eosin
 EXPRESSION_COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0.07, 1, 256)))
 # Okabe and Ito's, which colour-blind readers tell apart.
 GROUP_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+DPI = 200  # of what is drawn in pixels
 NO_DATES = {".pdf": {"CreationDate": None, "ModDate": None}, ".svg": {"Date": None}}
 
 
@@ -159,6 +161,9 @@ def predicted_maps(prediction, genes, path):
     _scale_bar(axes)
     axes.set_title(f"{view.name} · H&E", loc="left", fontsize=9.5)
     faint = _faint(view.image)
+    if view.diameter / (box[1] - box[0]) * map_width * DPI < 4:  # pixels: so small a circle would look paler than it is
+        apart, _ = cKDTree(view.spots).query(view.spots, [min(2, len(view.spots))])
+        view = view._replace(diameter=max(view.diameter, 1.1 * float(np.median(apart))))
     for (x, y), (gene, caption) in zip(cells[1:], genes, strict=False):
         values = prediction.obs_vector(gene)
         axes = _axes(figure, x, y, map_width, map_height)
@@ -265,4 +270,4 @@ def _save(figure, path):
     # four times as long on these large pictures, to save a tenth.
     options = {"pil_kwargs": {"compress_level": 1}} if path.suffix == ".png" else {}
     with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "heclip"}), atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=200, metadata=NO_DATES.get(path.suffix), **options)
+        figure.savefig(temporary, format=path.suffix[1:], dpi=DPI, metadata=NO_DATES.get(path.suffix), **options)

@@ -23,10 +23,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .batches import READERS
 from .files import InputError
 from .slide import RowsOfFile, Slide, picture, unreadable
 
 CACHE = 256 << 20  # bytes of decoded tiles
+AHEAD = 16  # patches whose tiles are asked for before they are needed
 PLAUSIBLE = (0.05, 20)  # µm a pixel; a screen's 96 dots per inch would be 265
 ONLY_OPENSLIDE = (".mrxs", ".vms", ".vmu", ".svslide", ".bif", ".czi", ".dcm", ".ndpi", ".scn")
 MICRONS = {"m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "µm": 1, "μm": 1, "um": 1, "nm": 1e-3, "pm": 1e-6, "Å": 1e-4,
@@ -61,39 +63,40 @@ class WholeSlide:
         self.path, self.levels, self.mpp = path, levels, mpp
         self.width, self.height = levels[0].width, levels[0].height
         self.capacity, self.held = CACHE, 0
-        self.tiles = OrderedDict()
+        self.tiles = OrderedDict()  # (level's downsample, row, column) -> (future pixels, their bytes)
+        self.readers = ThreadPoolExecutor(READERS)
 
-    def tile(self, level, row, column):
-        """One tile, from the cache or decoded: uint8 (h, w, 3), cut off at the level's right and bottom edges."""
-        key = level.downsample, row, column
-        if key in self.tiles:
-            self.tiles.move_to_end(key)
-            return self.tiles[key]
-        top, left = row * level.tile[0], column * level.tile[1]
-        try:
-            tile = level.read(top, min(top + level.tile[0], level.height),
-                              left, min(left + level.tile[1], level.width))
-        except Exception as error:  # every codec has its own kinds
-            raise unreadable(self.path, error) from None
-        self.tiles[key] = tile
-        self.held += tile.nbytes
+    def tiles_of(self, level, left, top, width, height):
+        """Row, column and future pixels of the tiles under a box of the level's pixels; reading starts at once."""
+        tiles = []
+        for row in range(max(top, 0) // level.tile[0], -(-min(top + height, level.height) // level.tile[0])):
+            for column in range(max(left, 0) // level.tile[1], -(-min(left + width, level.width) // level.tile[1])):
+                key = level.downsample, row, column
+                if key not in self.tiles:
+                    y, x = row * level.tile[0], column * level.tile[1]
+                    box = y, min(y + level.tile[0], level.height), x, min(x + level.tile[1], level.width)
+                    self.tiles[key] = self.readers.submit(level.read, *box), (box[1] - y) * (box[3] - x) * 3
+                    self.held += self.tiles[key][1]
+                self.tiles.move_to_end(key)
+                tiles.append((row, column, self.tiles[key][0]))
         while self.held > self.capacity and len(self.tiles) > 1:
-            self.held -= self.tiles.popitem(last=False)[1].nbytes
-        return tile
+            self.held -= self.tiles.popitem(last=False)[1][1]
+        return tiles
 
     def region(self, level, left, top, width, height):
         """uint8 (height, width, 3), placed in the level's own pixels. What lies beyond the slide repeats its edge."""
-        x0, x1 = np.clip([left, left + width], 0, level.width)
-        y0, y1 = np.clip([top, top + height], 0, level.height)
+        x0, x1 = max(left, 0), min(left + width, level.width)
+        y0, y1 = max(top, 0), min(top + height, level.height)
         out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
-        rows, columns = level.tile
-        for row in range(y0 // rows, -(-y1 // rows)):
-            for column in range(x0 // columns, -(-x1 // columns)):
-                tile = self.tile(level, row, column)
-                y, x = row * rows, column * columns  # of the tile
-                to = (slice(max(y, y0) - y0, min(y + len(tile), y1) - y0),
-                      slice(max(x, x0) - x0, min(x + tile.shape[1], x1) - x0))
-                out[to] = tile[max(y0 - y, 0):y1 - y, max(x0 - x, 0):x1 - x]
+        for row, column, future in self.tiles_of(level, left, top, width, height):
+            try:
+                tile = future.result()
+            except Exception as error:  # every codec has its own kinds
+                raise unreadable(self.path, error) from None
+            y, x = row * level.tile[0], column * level.tile[1]
+            to = (slice(max(y, y0) - y0, min(y + len(tile), y1) - y0),
+                  slice(max(x, x0) - x0, min(x + tile.shape[1], x1) - x0))
+            out[to] = tile[max(y0 - y, 0):y1 - y, max(x0 - x, 0):x1 - x]
         if out.shape[:2] != (height, width):
             out = np.pad(out, ((y0 - top, top + height - y1), (x0 - left, left + width - x1), (0, 0)), mode="edge")
         return out
@@ -125,7 +128,9 @@ def open_whole_slide(path):
         if path.suffix.lower() in ONLY_OPENSLIDE:
             raise InputError(f"{path} cannot be read as an image, with openslide or without. If openslide is not "
                              "installed: pip install openslide-python openslide-bin")
-        yield picture_slide(path)
+        slide = picture_slide(path)
+        with slide.readers:
+            yield slide
 
 
 def vendor(path):
@@ -171,7 +176,9 @@ def openslide_slide(path):
                          for side in ("height", "width"))
             levels.append(Level(width, height, downsample, bounded(tile, (height, width)), reader(number, downsample)))
         mpp = [properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
-        yield WholeSlide(path, levels, plausible(*mpp) if all(mpp) else None)
+        slide = WholeSlide(path, levels, plausible(*mpp) if all(mpp) else None)
+        with slide.readers:
+            yield slide
 
 
 @contextmanager
@@ -188,7 +195,9 @@ def tiff_slide(path):
             mpp = tiff_mpp(handle)
         except Exception as error:
             raise unreadable(path, error) from None
-        yield WholeSlide(path, levels, mpp)
+        slide = WholeSlide(path, levels, mpp)
+        with slide.readers:
+            yield slide
 
 
 def tiff_level(path, series, number):
@@ -331,9 +340,9 @@ def find_tissue(rgb, um):
 
     A pixel's darkness is that of its darkest channel: eosin and haematoxylin both absorb green, and grey slides have
     three alike. After a blur, Otsu's threshold (IEEE Trans SMC 9, 1979) parts tissue from glass, and what is much
-    darker than the glass is tissue in any case. Areas of scanner's black, or black ink, and of ink that is
-    greener than red are never tissue, nor is a margin for their blurred edges. Specks and holes below LEAST_MM2 are removed, and so are
-    parts without texture: frames printed below the glass, smears, shadows. Red ink with sharp strokes stays.
+    darker than the glass is tissue in any case. Areas of scanner's black, of black ink, and of ink that is greener
+    than red are never tissue, with a margin for their blurred edges. Specks and holes below LEAST_MM2 are removed,
+    and so are parts without texture: frames printed below the glass, smears, shadows. Fine strokes of red ink stay.
     All False where no two kinds of pixels differ by CONTRAST.
     """
     sigma, least = BLUR_UM / um, LEAST_MM2 * 1e6 / um**2  # in pixels
@@ -347,7 +356,7 @@ def find_tissue(rgb, um):
         return np.zeros(ink.shape, bool)
     threshold = otsu(seen)
     above, below = seen[seen > threshold], seen[seen <= threshold]
-    if not above.size or above.mean() - below.mean() < CONTRAST:
+    if not above.size or not below.size or above.mean() - below.mean() < CONTRAST:
         return np.zeros(ink.shape, bool)
     tissue = (darkness > min(threshold, np.percentile(seen, 1) + PALEST_SURE)) & ~ink
     tissue = ~keep_parts(~keep_parts(tissue, least), least)
@@ -445,27 +454,36 @@ class SpotPatches:
         # One tile may be as wide as the slide: then all of its rows that a patch needs are held, whatever they take.
         self.slide.capacity = max(CACHE, rows * height * width * 3)
         strip = self.level.width if width == self.level.width else max(CACHE // (rows * height * 3), width)
-        left, top = (self.xy / self.level.downsample - self.size / 2).T
-        return np.lexsort([left, top // height, left // strip])
+        x, y = (self.xy / self.level.downsample).T
+        return np.lexsort([x, np.maximum(y - self.size / 2, 0) // height, x // strip])
+
+    def window(self, spot):
+        """Where a patch lies on its level: (left, top, width, height) in whole pixels, and its own corner in them."""
+        centre = self.xy[spot] / self.level.downsample
+        if self.size == self.patch_px:  # the same pixels as slide.crop_patches
+            left, top = np.rint(centre).astype(int).tolist()
+            return (left - self.patch_px // 2, top - self.patch_px // 2, self.patch_px, self.patch_px), (0, 0)
+        start = centre - self.size / 2
+        low = np.floor(start).astype(int)
+        return (*low.tolist(), *(np.ceil(start + self.size).astype(int) - low).tolist()), tuple(start - low)
 
     def patch(self, spot):
         """uint8 (patch_px, patch_px, 3)."""
-        centre = self.xy[spot] / self.level.downsample
-        if self.size == self.patch_px:  # the same pixels as slide.crop_patches
-            left, top = np.rint(centre).astype(int) - self.patch_px // 2
-            return self.slide.region(self.level, left, top, self.patch_px, self.patch_px)
-        start = centre - self.size / 2
-        low = np.floor(start).astype(int)
-        width, height = np.ceil(start + self.size).astype(int) - low
-        region = Image.fromarray(self.slide.region(self.level, *low, width, height))
-        box = (*(start - low), *(start - low + self.size))
-        return np.asarray(region.resize((self.patch_px, self.patch_px), Image.Resampling.HAMMING, box))
+        window, (x, y) = self.window(spot)
+        region = self.slide.region(self.level, *window)
+        if self.size == self.patch_px:
+            return region
+        box = x, y, x + self.size, y + self.size
+        return np.asarray(Image.fromarray(region).resize((self.patch_px, self.patch_px), Image.Resampling.HAMMING, box))
 
     def read(self, index):
         """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3) on the CPU, in pinned memory where a GPU waits for it."""
         batch = torch.empty((len(index), self.patch_px, self.patch_px, 3), dtype=torch.uint8,
                             pin_memory=self.device.type == "cuda")
-        for row, spot in enumerate(index.tolist()):
+        spots = index.tolist()
+        for row, spot in enumerate(spots):
+            for ahead in spots[row + AHEAD:row + AHEAD + 1] if row else spots[:AHEAD + 1]:
+                self.slide.tiles_of(self.level, *self.window(ahead)[0])  # decoded while the ones before are resampled
             batch.numpy()[row] = self.patch(spot)
         return batch
 
