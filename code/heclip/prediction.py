@@ -51,6 +51,8 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retriev
     processed = Processed(dataset)
     panel = processed.panel(name)
     check_fits(path, facts, dataset, name, panel)
+    if pitch is not None and not pitch > 0:
+        raise InputError(f"--pitch {pitch}: expected the spots' distance in µm")
     reference = read_reference(processed, facts["reference"], name, panel, path)
 
     with wholeslide.open_whole_slide(image) as slide:
