@@ -124,11 +124,13 @@ def test_the_same_tissue_in_finer_pixels_gives_nearly_the_same_patches(tmp_path,
     assert if_shifted > 1.5 * difference
 
 
-def test_a_patch_is_the_mean_of_what_it_shows(tmp_path):
-    image = np.kron(an_image(60, 50), np.ones((4, 4, 1), np.uint8))  # 240 x 200
-    (patch,) = patches_of(write_pyramid(tmp_path / "slide.tif", image, levels=1), np.array([[100.0, 120.0]]), 128)
-    np.testing.assert_allclose(patch, an_image(60, 50)[14:46, 9:41], atol=14)  # neighbours weigh a little
-    assert np.abs(patch.astype(float) - an_image(60, 50)[14:46, 9:41]).mean() < 5
+@pytest.mark.parametrize(("crop", "levels"), [(128, 1), (90, 1), (20, 2)])
+def test_a_resampled_patch_is_the_slice_resized(tmp_path, crop, levels):
+    image = an_image()
+    (patch,) = patches_of(write_pyramid(tmp_path / "slide.tif", image, levels), np.array([[150.0, 220.0]]), crop)
+    half = crop // 2
+    cut = Image.fromarray(image[220 - half:220 + half, 150 - half:150 + half])
+    np.testing.assert_array_equal(patch, cut.resize((32, 32), Image.Resampling.BILINEAR))
 
 
 def test_tiles_are_decoded_once_and_the_cache_keeps_its_size(tmp_path, monkeypatch):

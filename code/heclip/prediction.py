@@ -10,6 +10,7 @@ import shutil
 import sys
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from .retrieval import average_expression, retrieve
 from .slide import THUMBNAIL
 
 MAPPED_GENES = 6  # where the dataset names no markers
+VISIUM_UM = 100  # of neighbouring spots, where the reference's lie on no lattice
 
 
 def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retrieval="gene", k=50, batch_size=128,
@@ -155,10 +157,11 @@ def read_reference(processed, sections, name, panel, checkpoint):
         expression.append(processed.expression(section, name, panel, adata))
         (library,) = adata.uns["spatial"].values()
         mpp, (x, y) = library["metadata"]["mpp"], adata.obsm["spatial"].T
-        pitch_um.append(sources.lattice_pitch(adata.obs.assign(x=x, y=y)) * mpp)
+        with suppress(ValueError, KeyError):  # spots that lie on no lattice
+            pitch_um.append(sources.lattice_pitch(adata.obs.assign(x=x, y=y)) * mpp)
         spot_um.append(library["scalefactors"]["spot_diameter_fullres"] * mpp)
     return Reference(sections, np.concatenate(expression), int(table["patch_px"].iloc[0]), float(patch_um.mean()),
-                     float(np.mean(pitch_um)), float(np.mean(spot_um)))
+                     float(np.mean(pitch_um or [VISIUM_UM])), float(np.mean(spot_um)))
 
 
 def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):

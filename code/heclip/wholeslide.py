@@ -423,7 +423,7 @@ class SpotPatches:
 
     xy: (n, 2) spot centres in full-resolution pixels, rounded to whole ones. crop: side of a patch in full-resolution
     pixels, any positive number. It is read from the coarsest level on which it has at least patch_px pixels, and
-    resampled to patch_px where it has more, or, on a coarse slide, fewer.
+    resampled (bilinear, antialiased) to patch_px where it has more, or, on a coarse slide, fewer.
     Raises InputError if a centre lies outside the slide, or if a patch is larger than the slide.
     """
 
@@ -474,7 +474,7 @@ class SpotPatches:
         if self.size == self.patch_px:
             return region
         box = x, y, x + self.size, y + self.size
-        return np.asarray(Image.fromarray(region).resize((self.patch_px, self.patch_px), Image.Resampling.HAMMING, box))
+        return np.asarray(Image.fromarray(region).resize((self.patch_px,) * 2, Image.Resampling.BILINEAR, box))
 
     def read(self, index):
         """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3) on the CPU, in pinned memory where a GPU waits for it."""
