@@ -133,6 +133,14 @@ def test_a_resampled_patch_is_the_slice_resized(tmp_path, crop, levels):
     np.testing.assert_array_equal(patch, cut.resize((32, 32), Image.Resampling.BILINEAR))
 
 
+def test_the_tiles_of_one_level_are_not_taken_for_anothers(tmp_path):
+    image = an_image()
+    with open_whole_slide(write_pyramid(tmp_path / "slide.tif", image)) as opened:
+        coarse = opened.region(opened.levels[1], 5, 7, 40, 50)
+        np.testing.assert_array_equal(opened.region(opened.levels[0], 5, 7, 40, 50), image[7:57, 5:45])
+        np.testing.assert_array_equal(coarse, halved(image)[7:57, 5:45])
+
+
 def test_tiles_are_decoded_once_and_the_cache_keeps_its_size(tmp_path, monkeypatch):
     path = write_pyramid(tmp_path / "slide.tif", an_image(1200, 900), levels=1)
     spots = lattice(900, 1200, 30)

@@ -318,14 +318,16 @@ def tiff_mpp(handle):
 def thumbnail(slide, mpp, limit=4096):
     """The slide at about TISSUE_UM a pixel, `limit` pixels at most, from the nearest level of its pyramid.
 
-    Returns (uint8 (h, w, 3), its pixels per full-resolution pixel). The level is read in bands of rows.
+    Returns (uint8 (h, w, 3), its pixels per full-resolution pixel). The level is read block by block.
     """
     longest = max(slide.width, slide.height)
     level = slide.level_for(max(TISSUE_UM / mpp, longest / limit))
     shrink = max(round(TISSUE_UM / mpp / level.downsample), math.ceil(longest / level.downsample / limit), 1)
-    rows = -(-max(level.tile[0], 256) // shrink) * shrink
-    bands = [shrunk(slide.region(level, 0, top, level.width, min(rows, level.height - top)), shrink)
-             for top in range(0, level.height // shrink * shrink, rows)]
+    rows, columns = (-(-max(level.tile[axis], least) // shrink) * shrink for axis, least in enumerate((256, 2048)))
+    height, width = (side // shrink * shrink for side in (level.height, level.width))
+    bands = [np.concatenate([
+        shrunk(slide.region(level, left, top, min(columns, width - left), min(rows, height - top)), shrink)
+        for left in range(0, width, columns)], axis=1) for top in range(0, height, rows)]
     return np.concatenate(bands), 1 / (level.downsample * shrink)
 
 
