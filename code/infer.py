@@ -41,7 +41,7 @@ def parse(argv=None):
     slide.add_argument("--image", metavar="FILE", help="predict this slide instead: .svs, .ndpi, .mrxs, .tif, .jpg ...")
     slide.add_argument("--mpp", type=float, metavar="UM", help="µm per full-resolution pixel, over what the file says")
     slide.add_argument("--pitch", type=float, metavar="UM",
-                       help="distance of neighbouring spots; default: the reference's")
+                       help="distance of neighbouring spots, if not the reference's")
     slide.add_argument("--positions", metavar="FILE", help="spots in full-resolution pixels, as a position file, "
                                                            "instead of a lattice over the tissue")
     slide.add_argument("--spatialdata", metavar="DIR",

@@ -65,14 +65,8 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retriev
                           f"enlarged to {reference.patch_px}, without the detail that the model learnt from",
                           stacklevel=2)
         thumbnail, thumbnail_scale = wholeslide.thumbnail(slide, mpp)
-        if positions is None:
-            spots = spots_on_tissue(slide, thumbnail, thumbnail_scale, mpp, pitch or reference.pitch_um,
-                                    reference.spot_um)
-        else:
-            spots = positions if isinstance(positions, pd.DataFrame) else sources.read_positions(positions)
-            spots = spots[spots["in_tissue"]]
-            if not len(spots):
-                raise InputError(f"{positions}: no spot is under tissue (in_tissue == 1 nowhere)")
+        spots = (spots_on_tissue(slide, thumbnail, thumbnail_scale, mpp, pitch or reference.pitch_um, reference.spot_um)
+                 if positions is None else given_spots(positions))
         device = command.pick_device(device)
         network.to(device, memory_format=torch.channels_last)
         if compile:
@@ -174,6 +168,16 @@ def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
         raise InputError(f"{slide.path}: no tissue found. Is it a bright-field image of a stained section? If so, "
                          "give the spots with --positions")
     return spots.assign(in_tissue=True)
+
+
+def given_spots(positions):
+    """The spots under tissue of a position file, or of a table as sources.read_positions makes it."""
+    given = isinstance(positions, pd.DataFrame)
+    spots = positions if given else sources.read_positions(positions)
+    spots = spots[spots["in_tissue"]]
+    if not len(spots):
+        raise InputError(f"{'positions' if given else positions}: no spot is under tissue (in_tissue == 1 nowhere)")
+    return spots
 
 
 def retrieve_expression(embeddings, nearest, expression, k):
