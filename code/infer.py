@@ -4,7 +4,7 @@
 
 reads GSE/<dataset>/processed and the checkpoint that main.py wrote; embeds every section into ebd/; retrieves for each
 query patch its K nearest reference spots; and writes <type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json
-to save/<dataset>/ and maps and UMAPs to figure/.
+to save/<dataset>/ and maps and UMAPs to figure/. With --image it predicts a slide that has no expression instead.
 """
 
 import json
@@ -22,6 +22,7 @@ from heclip.dataset import Processed, Run, first_line, run_name
 from heclip.files import InputError, atomic_path, write_h5ad
 from heclip.metrics import mean_defined, score, score_further
 from heclip.model import HECLIP, load_encoder_weights
+from heclip.prediction import predict_slide_command
 from heclip.recipes import PREDICTION
 from heclip.retrieval import average_expression, random_spots, retrieve, smooth, spread
 
@@ -44,11 +45,27 @@ def parse(argv=None):
     flags.add_argument("--untrained", action="store_true",
                        help="score also the model as it was before training: what training has added")
     flags.add_argument("--no-figures", dest="figures", action="store_false", help="scores only")
-    return flags.parse_args(argv)
+    slide = flags.add_argument_group("a slide without expression")
+    slide.add_argument("--image", metavar="FILE", help="predict this slide instead: .svs, .ndpi, .mrxs, .tif, .jpg ...")
+    slide.add_argument("--mpp", type=float, metavar="UM", help="µm per full-resolution pixel, over what the file says")
+    slide.add_argument("--pitch", type=float, metavar="UM",
+                       help="distance of neighbouring spots, if not the reference's")
+    slide.add_argument("--positions", metavar="FILE", help="spots in full-resolution pixels, as a position file, "
+                                                           "instead of a lattice over the tissue")
+    slide.add_argument("--spatialdata", metavar="DIR",
+                       help="write the prediction as SpatialData too; needs the package spatialdata")
+    args = flags.parse_args(argv)
+    if args.image and (args.ebd_only or args.from_ebd or args.untrained):
+        flags.error("--image goes with none of --ebd_only, --from_ebd and --untrained")
+    if not args.image and (args.mpp or args.pitch or args.positions or args.spatialdata):
+        flags.error("--mpp, --pitch, --positions and --spatialdata go with --image")
+    return args
 
 
 def main(argv=None):
     args = parse(argv)
+    if args.image:
+        return predict_slide_command(args)
     run = Run(args.dataset, run_name(args.type, args.protocol), args.save_path)
     processed = Processed(args.dataset)
     reference, query = processed.roles(args.query)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from heclip import figures
-from heclip.figures import expression_maps, spots_over_slide, umap_figure
+from heclip.figures import expression_maps, predicted_maps, spots_over_slide, umap_figure
 
 MAGENTA = (255, 0, 255)
 
@@ -65,6 +65,7 @@ def drawn(monkeypatch, adata, genes):
 DRAW = {
     "spots": lambda path: spots_over_slide(section(lattice()), "S1", path),
     "maps": lambda path: expression_maps(section(lattice()), [("G0", "best"), ("G2", "median")], path),
+    "predicted maps": lambda path: predicted_maps(section(lattice()), [("G0", "marker"), ("G2", "")], path),
 }
 
 
@@ -233,3 +234,46 @@ def test_a_gene_outside_the_panel_is_a_key_error_that_names_it(tmp_path):
     with pytest.raises(KeyError, match="not in this panel of 3 genes: G7, G9"):
         expression_maps(section(lattice()), [("G1", ""), ("G7", ""), ("G9", "")], tmp_path / "maps.pdf")
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------ maps where nothing was measured
+
+
+def drawn_without_truth(monkeypatch, adata, genes):
+    """The figure of the maps before it is saved, and the spots of its maps, in the order of drawing."""
+    kept = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
+    predicted_maps(adata, genes, "unused.pdf")
+    return kept[0], [axes.collections[0] for axes in kept[0].axes if axes.images and axes.collections]
+
+
+def test_every_gene_is_drawn_in_its_own_colours_where_the_slide_has_its_spots(monkeypatch):
+    adata = section(lattice(), genes=4)
+    del adata.layers["true"]
+    figure, maps = drawn_without_truth(monkeypatch, adata, [("G3", "marker"), ("G1", "")])
+    assert len(maps) == 2
+    for spots, gene in zip(maps, ("G3", "G1"), strict=True):
+        values = adata.obs_vector(gene)
+        np.testing.assert_array_equal(spots.get_array(), values)
+        assert (spots.norm.vmin, spots.norm.vmax) == tuple(np.percentile(values, [1, 99], method="nearest"))
+        np.testing.assert_allclose(spots.get_offsets(), adata.obsm["spatial"] * 0.005)  # mm
+        assert spots.get_widths()[0] == pytest.approx(60 * 0.005)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert [title for title in titles if title] == ["S1 · H&E", "Sym3", "Sym1"]
+
+
+@pytest.mark.parametrize("genes", range(1, 9))
+def test_the_predicted_maps_lie_on_the_page_and_none_over_another(genes, monkeypatch):
+    figure, _ = drawn_without_truth(monkeypatch, section(lattice()[:9]), [("G0", "")] * genes)
+    places = np.array([axes.get_position().extents for axes in figure.axes])
+    assert len(places) == 1 + 2 * genes  # the slide; a map and a colour bar for each gene
+    assert places.min() >= 0
+    assert places.max() <= 1
+    across = np.minimum(places[:, None, 2:], places[None, :, 2:]) - np.maximum(places[:, None, :2], places[None, :, :2])
+    assert (across > 1e-9).all(axis=2).sum() == len(places)
+
+
+def test_spots_too_small_for_their_colour_to_show_are_drawn_to_touch(monkeypatch):
+    _, maps = drawn_without_truth(monkeypatch, section(lattice(200, 200), size=(12000, 10000), shrink=50, diameter=10),
+                                  [("G0", "")])
+    assert maps[0].get_widths()[0] == pytest.approx(1.1 * 50 * 0.005)

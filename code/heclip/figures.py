@@ -15,6 +15,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from scipy.spatial import cKDTree
 from scipy.stats import spearmanr
 
 from .files import atomic_path
@@ -24,6 +25,7 @@ SPOT_COLOUR = "#009540"  # far from every colour of haematoxylin and eosin
 EXPRESSION_COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0.07, 1, 256)))
 # Okabe and Ito's, which colour-blind readers tell apart.
 GROUP_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+DPI = 200  # of what is drawn in pixels
 NO_DATES = {".pdf": {"CreationDate": None, "ModDate": None}, ".svg": {"Date": None}}
 
 
@@ -99,11 +101,7 @@ def expression_maps(prediction, genes, path):
     if unknown:
         raise KeyError(f"not in this panel of {prediction.n_vars} genes: {', '.join(unknown)}")
     view = _view(prediction)
-    low, high = view.spots.min(0), view.spots.max(0)
-    extent = high - low + 4 * view.diameter
-    extent = np.maximum(extent, extent[::-1] / 1.5)  # a sliver of tissue still leaves room for a colour bar
-    (left, top), (right, bottom) = (low + high - extent) / 2, (low + high + extent) / 2
-    box, shape = (left, right, bottom, top), extent[0] / extent[1]
+    box, shape = _frame(view)
 
     # In inches. A cell is a title, two maps and their colour bar. The slide takes two cells, one above the
     # other; beside a single gene, the place of one map.
@@ -121,8 +119,7 @@ def expression_maps(prediction, genes, path):
     _scale_bar(axes)
     axes.set_title(f"{view.name} · H&E", loc="left", fontsize=9.5)
 
-    # Grey and faint: enough to see which tissue a spot lies on, too little to be taken for expression.
-    faint = (255 - 0.3 * (255 - view.image.mean(2, keepdims=True))).astype(np.uint8).repeat(3, axis=2)
+    faint = _faint(view.image)
     cells = [(row, column) for row in range(rows) for column in range(columns) if column or row >= slide_rows]
     for (row, column), (gene, caption) in zip(cells, genes, strict=False):
         x = edge + (first_width + (column - 1) * cell_width if column else 0)
@@ -139,13 +136,43 @@ def expression_maps(prediction, genes, path):
                 symbol = axes.annotate(prediction.var.at[gene, "symbol"], (0, 1), (0, 16), "axes fraction",
                                        style="italic", fontsize=9.5, **above)
                 axes.annotate(caption, (1, 1), (6, 16), (symbol, "axes fraction"), fontsize=8.5, **above)
-        both = np.concatenate([measured, predicted])
-        extend = ["neither", "min", "max", "both"][(both.min() < scale.vmin) + 2 * (both.max() > scale.vmax)]
-        bar = figure.colorbar(spots, cax=_axes(figure, x + 2 * (map_width + gap), y, 0.07, map_height),
-                              ticks=MaxNLocator(4, steps=[1, 2, 5, 10]), extend=extend, extendfrac=0.04)
-        bar.set_label("log-normalised expression", fontsize=7)
-        bar.ax.tick_params(labelsize=6.5, length=2, pad=1.5, width=0.5)
-        bar.outline.set(edgecolor="0.7", linewidth=0.4)
+        _colour_bar(figure, spots, _axes(figure, x + 2 * (map_width + gap), y, 0.07, map_height),
+                    np.concatenate([measured, predicted]))
+    _save(figure, path)
+
+
+def predicted_maps(prediction, genes, path):
+    """Draw the slide, then for each gene its predicted expression over the tissue, where none was measured.
+
+    Each map's colours run from the 1st to the 99th percentile of its own values.
+
+    prediction, genes: as for `expression_maps`; no layer is needed.
+    """
+    view = _view(prediction)
+    box, shape = _frame(view)
+    edge, head, foot, bar_room, map_height = 0.1, 0.3, 0.25, 0.62, 2.4  # inches
+    map_width = map_height * shape
+    cell_width, cell_height = map_width + bar_room, head + map_height + foot
+    columns, rows = _grid(len(genes) + 1, cell_width / cell_height)
+    figure = Figure(figsize=(edge + columns * cell_width, rows * cell_height))
+    cells = [(edge + column * cell_width, head + row * cell_height) for row in range(rows) for column in range(columns)]
+
+    axes = _axes(figure, *cells[0], map_width, map_height)
+    _draw_slide(axes, view, view.image, box)
+    _scale_bar(axes)
+    axes.set_title(f"{view.name} · H&E", loc="left", fontsize=9.5)
+    faint = _faint(view.image)
+    if view.diameter / (box[1] - box[0]) * map_width * DPI < 4:  # pixels: so small a circle would look paler than it is
+        apart, _ = cKDTree(view.spots).query(view.spots, [min(2, len(view.spots))])
+        view = view._replace(diameter=max(view.diameter, 1.1 * float(np.median(apart))))
+    for (x, y), (gene, caption) in zip(cells[1:], genes, strict=False):
+        values = prediction.obs_vector(gene)
+        axes = _axes(figure, x, y, map_width, map_height)
+        _draw_slide(axes, view, faint, box)
+        spots = _draw_spots(axes, view, array=values, norm=_robust_scale(values), cmap=EXPRESSION_COLOURS, linewidths=0)
+        axes.set_title(prediction.var.at[gene, "symbol"], loc="left", style="italic", fontsize=9.5)
+        axes.set_title(caption, loc="right", fontsize=7.5, color="0.35")
+        _colour_bar(figure, spots, _axes(figure, x + map_width + 0.08, y, 0.07, map_height), values)
     _save(figure, path)
 
 
@@ -205,6 +232,20 @@ def _view(section):
     return _View(name, image, size, spots, diameter, mpp)
 
 
+def _frame(view):
+    """What the maps show of a slide, (left, right, bottom, top), and its width / height."""
+    low, high = view.spots.min(0), view.spots.max(0)
+    extent = high - low + 4 * view.diameter
+    extent = np.maximum(extent, extent[::-1] / 1.5)  # a sliver of tissue still leaves room for a colour bar
+    (left, top), (right, bottom) = (low + high - extent) / 2, (low + high + extent) / 2
+    return (left, right, bottom, top), extent[0] / extent[1]
+
+
+def _faint(image):
+    """Grey and faint: enough to see which tissue a spot lies on, too little to be taken for expression."""
+    return (255 - 0.3 * (255 - image.mean(2, keepdims=True))).astype(np.uint8).repeat(3, axis=2)
+
+
 def _axes(figure, x, y, width, height):
     """Bare axes, placed in inches from the figure's top left corner."""
     across, down = figure.get_size_inches()
@@ -225,6 +266,16 @@ def _draw_spots(axes, view, **style):
     circles = EllipseCollection([view.diameter], [view.diameter], [0], units="xy", offsets=view.spots,
                                 offset_transform=axes.transData, **style)
     return axes.add_collection(circles, autolim=False)
+
+
+def _colour_bar(figure, spots, axes, values):
+    """The key to a map's colours, with arrows where `values` go beyond them."""
+    scale = spots.norm
+    extend = ["neither", "min", "max", "both"][(values.min() < scale.vmin) + 2 * (values.max() > scale.vmax)]
+    bar = figure.colorbar(spots, cax=axes, ticks=MaxNLocator(4, steps=[1, 2, 5, 10]), extend=extend, extendfrac=0.04)
+    bar.set_label("log-normalised expression", fontsize=7)
+    bar.ax.tick_params(labelsize=6.5, length=2, pad=1.5, width=0.5)
+    bar.outline.set(edgecolor="0.7", linewidth=0.4)
 
 
 def _scale_bar(axes):
@@ -256,4 +307,4 @@ def _save(figure, path):
     # four times as long on these large pictures, to save a tenth.
     options = {"pil_kwargs": {"compress_level": 1}} if path.suffix == ".png" else {}
     with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "heclip"}), atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=200, metadata=NO_DATES.get(path.suffix), **options)
+        figure.savefig(temporary, format=path.suffix[1:], dpi=DPI, metadata=NO_DATES.get(path.suffix), **options)

@@ -52,10 +52,14 @@ def average_expression(index, expression):
     return picked @ expression
 
 
-def spread(index, expression):
+def spread(index, expression, block=1024):
     """How much the retrieved spots differ: their standard deviation, mean over genes. (n,), log-normalised units."""
-    mean, square = average_expression(index, expression), average_expression(index, expression**2)
-    return np.sqrt(np.maximum(square - mean**2, 0)).mean(axis=1)
+    squares = expression**2
+    spreads = []
+    for rows in np.array_split(index, -(-len(index) // block)):
+        variance = average_expression(rows, squares) - average_expression(rows, expression) ** 2
+        spreads.append(np.sqrt(np.maximum(variance, 0)).mean(axis=1))  # rounding can leave less than 0
+    return np.concatenate(spreads)
 
 
 def smooth(prediction, xy, width):

@@ -1,0 +1,12 @@
+"""HECLIP: spatial gene expression predicted from H&E images.
+
+For notebooks: `predict_slide`, `predict` and `to_spatialdata` (see prediction.py). They are imported when first used.
+"""
+
+
+def __getattr__(name):
+    if name in ("predict", "predict_slide", "to_spatialdata"):
+        from . import prediction
+
+        return getattr(prediction, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
