@@ -134,6 +134,8 @@ def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standar
         with torch.device("meta"):  # no memory, no weights
             network = create_encoder(encoder, arguments)
             known = timm.data.resolve_model_data_config(network)
+            if source is not None and getattr(network, "pos_embed", None) is not None:  # by its own name alone, timm
+                arguments.setdefault("img_size", network.patch_embed.img_size[0])  # may build it for another size
             own, dynamic = arguments.get("img_size", known["input_size"][-1]), arguments.get("dynamic_img_size", False)
             fixed = network.pretrained_cfg.get("fixed_input_size", False) and not dynamic
             size = image_size or (own if fixed or dynamic else patch_px)
