@@ -49,7 +49,7 @@ def kept(processed, section, config, weights):
     try:
         made_of = json.loads((place / f"{section}.json").read_text())
         features = np.load(place / f"{section}.npy", mmap_mode="r")
-    except (OSError, ValueError):  # absent, or spoilt: it can be made anew
+    except (OSError, ValueError, EOFError):  # absent, or spoilt: it can be made anew
         return None
     # Hashing reads gigabytes that are not needed otherwise (1 GB/s measured): size and time of the file are trusted
     # where they are the same. Where they are not, as after a copy to another disk, its contents decide.
