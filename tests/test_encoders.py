@@ -184,6 +184,11 @@ def test_layers_are_given_by_name_and_stay_names_in_the_config():
     assert isinstance(mlp.act, torch.nn.SiLU)
 
 
+def test_an_encoder_never_keeps_its_classifier():
+    config = configure("test_vit", "heg", 5, 256, encoder_args={"num_classes": 10})
+    assert HECLIP(config).encode_features(torch.randn(2, 3, 160, 160)).shape == (2, 64)
+
+
 def test_an_unknown_argument_is_an_error():
     with pytest.raises(InputError, match=r"--encoder test_vit: .*colour"):
         configure("test_vit", "heg", 5, 256, encoder_args={"colour": "blue"})

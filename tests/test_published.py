@@ -136,7 +136,7 @@ def run_infer(folder, *flags):
 
 
 @pytest.mark.parametrize("kind", ["heg", "hvg"])
-def test_it_predicts_by_the_published_recipe_and_says_what_it_cannot_know(small_images, dataset, tmp_path, kind, capsys):
+def test_it_predicts_by_its_own_recipe_and_says_what_it_cannot_know(small_images, dataset, tmp_path, kind, capsys):
     write(tmp_path / "best.pt", kind, len(dataset.panel(kind)), "test_resnet")
     run_infer(tmp_path, "--checkpoint", tmp_path / "best.pt")
     said = capsys.readouterr().out

@@ -94,10 +94,10 @@ class HECLIP(nn.Module):
 
 def create_encoder(name, arguments, pretrained=False):
     """The network that timm knows by that name, without classifier. arguments: of timm.create_model, plain values."""
-    arguments = dict(arguments)
+    arguments = arguments | {"num_classes": 0}
     if isinstance(arguments.get("mlp_layer"), str):  # timm looks up activations and norms by name, but not this one
         arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
-    return timm.create_model(name, pretrained=pretrained, **{"num_classes": 0} | arguments)
+    return timm.create_model(name, pretrained=pretrained, **arguments)
 
 
 def n_features(network):
