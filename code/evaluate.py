@@ -228,7 +228,7 @@ def frozen_features(args, processed, section):
     patches = processed.patches(section)
     config = configure(args.encoder, "regression", 1, patches.shape[1], args.image_size)
     model = HECLIP(config)
-    load_encoder_weights(model.image_encoder, args.encoder, args.encoder_weights)
+    load_encoder_weights(model.image_encoder, args.encoder, args.encoder_weights, config.encoder_args)
     model.image_projection = torch.nn.Identity()
     model.eval().to(device, memory_format=torch.channels_last)
     index = torch.arange(len(patches))

@@ -2,12 +2,14 @@
 
     python code/infer.py --dataset GSE240429 --type heg
 
-reads GSE/<dataset>/processed and the checkpoint that main.py wrote; embeds every section into ebd/; retrieves for each
+reads GSE/<dataset>/processed and the checkpoint that main.py wrote (--checkpoint takes another, of HECLIP's authors
+too); embeds every section into ebd/; retrieves for each
 query patch its K nearest reference spots; and writes <type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json
 to save/<dataset>/ and maps and UMAPs to figure/. With --image it predicts a slide that has no expression instead.
 """
 
 import json
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -19,6 +21,7 @@ from heclip import command, figures
 from heclip.batches import Patches, encode_patches
 from heclip.checkpoint import check_fits, load_checkpoint
 from heclip.dataset import Processed, Run, first_line, run_name
+from heclip.features import features_of, kept
 from heclip.files import InputError, atomic_path, write_h5ad
 from heclip.metrics import mean_defined, score, score_further
 from heclip.model import HECLIP, load_encoder_weights
@@ -39,6 +42,11 @@ def parse(argv=None):
                        help="symmetries of each patch whose embeddings are averaged")
     flags.add_argument("--smoothing", type=command.not_negative, metavar="PITCHES",
                        help="width of a Gaussian over neighbouring spots of the prediction; 0: none")
+    flags.add_argument("--checkpoint", metavar="FILE",
+                       help="the model, wherever it is; a <type>_best.pt of the published code too, which is of the "
+                            "type that it says. Default: main.py's")
+    flags.add_argument("--panel_file", metavar="CSV",
+                       help="the model's genes in its order, ids in the first column; default: the dataset's panel")
     part = flags.add_mutually_exclusive_group()
     part.add_argument("--ebd_only", action="store_true", help="write the embeddings and stop")
     part.add_argument("--from_ebd", action="store_true", help="start from saved embeddings; needs no model and no GPU")
@@ -66,6 +74,13 @@ def main(argv=None):
     args = parse(argv)
     if args.image:
         return predict_slide_command(args)
+    if args.from_ebd and args.checkpoint:
+        raise InputError("--checkpoint with --from_ebd: saved embeddings need no model. Leave one of them out")
+    model, facts = None, {}
+    if args.checkpoint:
+        model, facts = load_checkpoint(Path(args.checkpoint))
+        if not facts:  # of the published code, where a model's type is part of its file's name
+            args.type = model.config.kind
     run = Run(args.dataset, run_name(args.type, args.protocol), args.save_path)
     processed = Processed(args.dataset)
     reference, query = processed.roles(args.query)
@@ -73,14 +88,17 @@ def main(argv=None):
         raise InputError(f"{processed.sections_path} has {len(query)} query sections; exactly one is predicted at a "
                          "time. Name it with --query")
     query = query[0]
+    checkpoint = Path(args.checkpoint or run.checkpoint)
     if args.from_ebd:
         kept = read_embeddings(run, query)
         origin, trained_on = run.embeddings(query), list(kept["reference"])
         recipe, regression = str(kept["recipe"]), bool(kept["regression"])
     else:
-        model, facts = load_checkpoint(run.checkpoint)
-        origin, trained_on = run.checkpoint, facts["reference"]
-        recipe, regression = facts["arguments"]["recipe"], model.config.kind == "regression"
+        if not model:
+            model, facts = load_checkpoint(checkpoint)
+        origin, trained_on = checkpoint, facts.get("reference", reference)
+        recipe = facts["arguments"]["recipe"] if facts else "published"
+        regression = model.config.kind == "regression"
     if query in trained_on:
         raise InputError(f"{origin} was trained on {query}, which is now the query section. Name one that was held out "
                          "with --query, or train again")
@@ -88,8 +106,14 @@ def main(argv=None):
     args.recipe = args.recipe or recipe
     panel_name = run_name(args.panel or args.type, args.protocol)
     panel = processed.panel_for(panel_name, reference)
-    if not args.from_ebd:
-        check_fits(run.checkpoint, facts, args.dataset, run.name, panel)
+    if args.panel_file:
+        panel = processed.panel_from(args.panel_file, panel_name, reference[0])
+    if facts:
+        check_fits(checkpoint, facts, args.dataset, run.name, panel)
+    elif model:
+        check_fits_published(checkpoint, model, panel, args)
+        print(f"{checkpoint}: published {args.type} model of {len(panel)} genes. It does not say what it was trained "
+              f"on: whether it has seen {query}, and whether its genes are these in this order, cannot be checked")
     for flag, value in PREDICTION[args.recipe].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
@@ -110,7 +134,7 @@ def main(argv=None):
         device = command.pick_device(args.device)
         if args.compile:
             model.image_encoder.compile()
-        embeddings = embed(model, processed, truth, device, args)
+        embeddings = embed(model, processed, truth, device, args, facts.get("frozen"))
         for section, arrays in embeddings.items():
             if "validation_pearson_per_gene" in facts:
                 arrays["expected_pearson"] = np.array(facts["validation_pearson_per_gene"])
@@ -124,7 +148,8 @@ def main(argv=None):
     # 2. Retrieve the K nearest reference spots, average their expression, smooth over neighbouring spots.
     models = {"": embeddings}
     if args.untrained:
-        models["untrained "] = embed(untrained_model(run), processed, truth, command.pick_device(args.device), args)
+        models["untrained "] = embed(untrained_model(checkpoint), processed, truth, command.pick_device(args.device),
+                                     args, facts.get("frozen"))
     neighbours = {}  # label -> (index, similarity), (n_query, K) each
     for label, of_model in models.items():
         for kind in ("gene", "image"):
@@ -162,29 +187,49 @@ def main(argv=None):
         draw(run, args, panel, genes, embeddings, query, reference, prediction, truth[query])
 
 
-def embed(model, processed, truth, device, args):
+def embed(model, processed, truth, device, args, frozen=None):
     """Image and gene embeddings of every section: section -> {"image", "gene"}, float32 (n_spots, D), rows as in truth.
 
-    Nothing is random: the same input gives the same embedding.
+    Nothing is random: the same input gives the same embedding. frozen: of the checkpoint's facts, if the encoder was
+    not trained. Its features are read where they are kept, and made to be kept where all views of them are wanted.
     """
     model.to(device, memory_format=torch.channels_last)
     embeddings = {}
     for section, expression in tqdm(truth.items(), desc="embed", unit="section", leave=False, disable=None):
-        image = encode_patches(model, Patches([processed.patches(section)], device), torch.arange(len(expression)),
-                               args.batch_size, args.views)
+        patches = None
+        if frozen and args.views == 8:
+            patches = features_of(processed, section, model, frozen["weights"], device, args.batch_size)
+        elif frozen:
+            patches = kept(processed, section, model.config, frozen["weights"])
+        if patches is None:
+            patches = processed.patches(section)
+        image = encode_patches(model, Patches([patches], device), torch.arange(len(expression)), args.batch_size,
+                               args.views)
         with torch.inference_mode():
             gene = model.encode_expression(torch.from_numpy(expression).to(device))
         embeddings[section] = {"image": image.cpu().numpy(), "gene": gene.cpu().numpy()}
     return embeddings
 
 
-def untrained_model(run):
+def check_fits_published(path, model, panel, args):
+    """Raise InputError unless a checkpoint of the published code can be used on this panel."""
+    if args.untrained:
+        raise InputError(f"--untrained: {path} does not say how its training began. Leave the flag out")
+    if len(panel) != model.config.n_genes:
+        raise InputError(f"{path} is a {model.config.kind} model of {model.config.n_genes} genes, but the panel has "
+                         f"{len(panel)}. Give its own genes, in its order, with --panel_file CSV")
+
+
+def untrained_model(checkpoint):
     """The checkpoint's model as it was before its first step: pretrained encoder, heads as they were drawn."""
-    trained, facts = load_checkpoint(run.checkpoint)
+    trained, facts = load_checkpoint(checkpoint)
     torch.manual_seed(facts["arguments"]["seed"])
     model = HECLIP(trained.config)
-    if facts["arguments"]["pretrained"]:
-        load_encoder_weights(model.image_encoder, trained.config.encoder, facts["arguments"]["encoder_weights"])
+    if facts.get("frozen"):
+        model.image_encoder = trained.image_encoder
+    elif facts["arguments"]["pretrained"]:
+        load_encoder_weights(model.image_encoder, facts["arguments"]["encoder"], facts["arguments"]["encoder_weights"],
+                             trained.config.encoder_args)
     return model.eval()
 
 

@@ -5,9 +5,14 @@
 
 reads GSE/<dataset>/processed, and writes save/<dataset>/<type>_best.pt, the epoch with the best validation score,
 <type>_losses.csv, and <type>_last.pt, from which --resume goes on. The query section is never opened.
+
+    python code/main.py --dataset GSE240429 --type heg --freeze
+
+leaves the encoder as it was pretrained and trains the heads on its features, which are computed once.
 """
 
 import argparse
+import json
 import math
 import time
 
@@ -18,6 +23,7 @@ from tqdm import tqdm
 
 from heclip import command, parallel
 from heclip.batches import (
+    Patches,
     Spots,
     augment,
     encode_patches,
@@ -29,11 +35,12 @@ from heclip.batches import (
 )
 from heclip.checkpoint import load_progress, save_checkpoint, save_progress
 from heclip.dataset import Processed, Run, run_name
+from heclip.features import digest, features_of
 from heclip.files import InputError, atomic_path
 from heclip.loss import LOSSES, regression_loss
 from heclip.metrics import mean_defined, pearson_per_gene
 from heclip.model import HECLIP, configure, load_encoder_weights
-from heclip.recipes import TRAINING
+from heclip.recipes import FROZEN, TRAINING
 from heclip.retrieval import average_expression, retrieve
 
 
@@ -58,17 +65,23 @@ def parse(argv=None):
     flags.add_argument("--max_epochs", type=command.positive, default=15)
     flags.add_argument("--val_fraction", type=float, default=0.2,
                        help="share of the reference spots kept for validation; 0: train on all, keep the last epoch")
-    flags.add_argument("--encoder", default="resnet50", help="any timm model; tf_efficientnet_lite0 suits a CPU")
+    flags.add_argument("--encoder", default="resnet50",
+                       help="any timm model, hf-hub:OWNER/NAME or local-dir:FOLDER; tf_efficientnet_lite0 suits a CPU")
+    flags.add_argument("--encoder_args", type=json.loads, metavar="JSON",
+                       help="""further arguments of timm.create_model, such as '{"global_pool": "avg"}'""")
     flags.add_argument("--encoder_weights", metavar="FILE", help="local state dict of timm or torchvision")
     flags.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True,
                        help="start from ImageNet weights; --no-pretrained from scratch")
+    flags.add_argument("--freeze", action="store_true",
+                       help="leave the encoder as pretrained and train the heads on its features, computed once and "
+                            "kept in GSE/<dataset>/processed/features; other defaults, see heclip/recipes.py")
     flags.add_argument("--image_size", type=command.positive, metavar="PX",
                        help="side of the encoder's input; default: the patch's own")
     flags.add_argument("--resume", action="store_true",
                        help="go on after the last finished epoch of the same run; start it if there is none")
     flags.set_defaults(**TRAINING["heclip"])  # what --help shows
-    recipe = flags.parse_known_args(argv)[0].recipe
-    flags.set_defaults(**TRAINING[recipe])
+    known = flags.parse_known_args(argv)[0]
+    flags.set_defaults(**TRAINING[known.recipe] | (FROZEN if known.freeze else {}))
     args = flags.parse_args(argv)
     if args.encoder_lr is None:
         args.encoder_lr = args.lr
@@ -76,6 +89,11 @@ def parse(argv=None):
         raise InputError(f"--val_fraction {args.val_fraction}: must lie between 0 and 1")
     if args.temperature <= 0:
         raise InputError(f"--temperature {args.temperature}: must be above 0")
+    if args.freeze and args.colour_jitter:
+        raise InputError(f"--colour_jitter {args.colour_jitter} with --freeze: features are computed once, of the "
+                         "colours as they are. Leave one of them out")
+    if args.freeze and not args.pretrained:
+        raise InputError("--freeze with --no-pretrained: nothing would ever train the encoder. Leave one of them out")
     return args
 
 
@@ -83,6 +101,8 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = parallel.start(command.pick_device(args.device))
     say = print if rank == 0 else lambda *_, **__: None
+    if args.freeze and world > 1:
+        raise InputError("--freeze under torchrun: heads alone train in seconds. Run it as python code/main.py")
     torch.manual_seed(args.seed)
     name = run_name(args.type, args.protocol)
     run = Run(args.dataset, name, args.save_path)
@@ -105,15 +125,15 @@ def main(argv=None):
 
     # Model. `network` holds the weights; `model` is the same, with gradients averaged over the ranks if there are some.
     config = configure(args.encoder, "regression" if args.loss == "regression" else args.type, len(panel), patch_px,
-                       args.image_size, args.pixels, temperature=args.temperature,
+                       args.image_size, args.pixels, args.encoder_args, temperature=args.temperature,
                        learned_temperature=args.loss == "clip", expression_head=args.expression_loss > 0)
     network = HECLIP(config)
     if args.pretrained:
-        load_encoder_weights(network.image_encoder, args.encoder, args.encoder_weights)
+        load_encoder_weights(network.image_encoder, args.encoder, args.encoder_weights, config.encoder_args)
     if network.predictor:
         network.predictor.bias.data = spots.expression[training.to(device)].mean(dim=0).cpu()
     network.to(device, memory_format=torch.channels_last)
-    if args.compile or (args.compile is None and device.type == "cuda"):
+    if args.compile or (args.compile is None and device.type == "cuda" and not args.freeze):
         network.image_encoder.compile()
         say("the encoder is compiled during the first epoch")
     model = parallel.distribute(network, device)
@@ -122,13 +142,22 @@ def main(argv=None):
     optimiser = torch.optim.AdamW([{"params": encoder, "lr": args.encoder_lr}, {"params": heads, "lr": args.lr}],
                                   weight_decay=args.wd, fused=device.type == "cuda")
     loss_of = LOSSES[args.loss]
+    frozen = {}
+    if args.freeze:  # from here on, features of all 8 symmetries stand in for patches
+        network.image_encoder.requires_grad_(False)
+        weights = digest(network.image_encoder)
+        from_hub = args.encoder.startswith("hf-hub:") and not args.encoder_weights
+        frozen = {"frozen": {"weights": weights, "hub": args.encoder if from_hub else None}}
+        network.eval()
+        spots.patches = Patches([features_of(processed, section, network, weights, device, args.batch_size)
+                                 for section in reference], device)
     batch_size = min(args.batch_size, len(training) // world * world)
     if batch_size % world:
         raise InputError(f"--batch_size {batch_size} cannot be shared equally by {world} processes. Choose a multiple")
-    say(f"{config.encoder} at {config.image_size} px on {world} x {device.type}; {spots.patches.where()}")
+    say(f"{args.encoder} at {config.image_size} px on {world} x {device.type}; {spots.patches.where()}")
 
     facts = {"dataset": args.dataset, "name": name, "panel_name": panel_name, "panel": list(panel.index),
-             "reference": reference,
+             "reference": reference, **frozen,
              "arguments": {key: value for key, value in vars(args).items() if key != "resume"}}
     losses, first = [], 1
     if args.resume and run.last.exists():

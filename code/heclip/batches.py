@@ -12,6 +12,7 @@ from scipy.spatial import cKDTree
 from .command import autocast
 
 READERS = 4  # threads that read patches ahead of the model
+SYMMETRIES = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)  # (8, 3), see `augment`; the first is none
 
 
 class Spots:
@@ -37,7 +38,7 @@ class Spots:
 
 
 class Patches:
-    """Patches of several sections under one index, P x P pixels each.
+    """Patches of several sections under one index, P x P pixels each, or their features (see features.py).
 
     They are kept on the GPU when they take at most half of its free memory; otherwise they stay in their memory maps,
     and threads read ahead.
@@ -53,13 +54,18 @@ class Patches:
     def where(self):
         """In words: where the patches are kept."""
         size = sum(patches.nbytes for patches in self.sections) / 1e6
-        return f"{size:,.0f} MB of patches {'on the GPU' if self.resident is not None else 'read from disk as needed'}"
+        what = "patches" if self.sections[0].dtype == np.uint8 else "features"
+        return f"{size:,.0f} MB of {what} {'on the GPU' if self.resident is not None else 'read from disk as needed'}"
 
     def read(self, index):
-        """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3) on the CPU, in pinned memory where a GPU waits for it."""
+        """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3), or float16 (B, 8, F), on the CPU.
+
+        In pinned memory where a GPU waits for it.
+        """
         index = index.numpy()
         section = np.searchsorted(self.ends, index, side="right")
-        batch = torch.empty((len(index), *self.sections[0].shape[1:]), dtype=torch.uint8,
+        kind = torch.uint8 if self.sections[0].dtype == np.uint8 else torch.float16
+        batch = torch.empty((len(index), *self.sections[0].shape[1:]), dtype=kind,
                             pin_memory=self.device.type == "cuda")
         for s in np.unique(section):
             rows = np.flatnonzero(section == s)
@@ -67,7 +73,7 @@ class Patches:
         return batch
 
     def stream(self, batches):
-        """Yield the patches of each index in `batches`, (B,) int64 on the CPU, as uint8 (B, P, P, 3) on the device."""
+        """Yield the rows of each index in `batches`, (B,) int64 on the CPU, as `read` does, but on the device."""
         if self.resident is not None:
             for index in batches:
                 yield self.resident[index.to(self.device)]
@@ -117,8 +123,12 @@ def random_turns(n, generator):
 def augment(patches, turns):
     """Mirror each patch left-right, top-bottom and along its diagonal, or not, as `turns` (B, 3) says.
 
-    The same as the published random flips and rotations by multiples of 90°. patches: (B, P, P, 3), any device.
+    The same as the published random flips and rotations by multiples of 90°. patches: (B, P, P, 3), any device. Of
+    features (B, 8, F), which hold all symmetries in the order of SYMMETRIES, those of the one: (B, F).
     """
+    if patches.ndim == 3:
+        which = (turns.long() * torch.tensor([4, 2, 1])).sum(dim=1).to(patches.device, non_blocking=True)
+        return patches[torch.arange(len(patches), device=patches.device), which]
     flip_x, flip_y, swap = turns.to(patches.device, non_blocking=True).T[..., None, None, None]  # (B, 1, 1, 1) each
     patches = torch.where(flip_x, patches.flip(2), patches)
     patches = torch.where(flip_y, patches.flip(1), patches)
@@ -140,7 +150,12 @@ def stain(patches, stains, strength):
 
 
 def to_pixels(patches, config):
-    """RGB (B, P, P, 3), 0 to 255 -> what the encoder was trained on: float32 (B, 3, S, S), channels last in memory."""
+    """RGB (B, P, P, 3), 0 to 255 -> what the encoder was trained on: float32 (B, 3, S, S), channels last in memory.
+
+    Features (B, F) are beyond the encoder, and remain, as float32.
+    """
+    if patches.ndim == 2:
+        return patches.float()
     pixels = patches.permute(0, 3, 1, 2).float()
     if config.bgr:
         pixels = pixels.flip(1)
@@ -166,11 +181,10 @@ def encode_patches(model, patches, index, batch_size, views=1):
     if not len(index):
         return torch.empty(0, model.width, device=patches.device)
     filled = torch.cat([index, index[:1].expand(-len(index) % batch_size)])
-    symmetries = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)[:views]  # (views, 3)
     embeddings = []
     for batch in patches.stream(filled.split(batch_size)):
         embedding = 0
-        for turns in symmetries:
+        for turns in SYMMETRIES[:views]:
             with autocast(patches.device):
                 pixels = to_pixels(augment(batch, turns.expand(len(batch), 3)), model.config)
                 embedding = embedding + model.encode_image(pixels).float() / views

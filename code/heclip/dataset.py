@@ -221,6 +221,29 @@ class Processed:
         anew.attrs = panel.attrs | {"sections": reference}
         return anew
 
+    def panel_from(self, file, name, section):
+        """The genes of a CSV (ids in its first column), in its order, as a panel; all else as in the panel `name`.
+
+        section: where the genes' symbols are looked up.
+        """
+        if name.endswith("_paper"):
+            raise InputError("--panel_file with --protocol paper: its corrected expression is that of its own panel. "
+                             "Leave one of them out")
+        try:
+            ids = pd.read_csv(file, comment="#", dtype=str, index_col=0, keep_default_na=False).index
+        except (OSError, ValueError) as error:
+            raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header, gene ids in the "
+                             "first column") from None
+        genes, how = self.genes(section), self.panel(name).attrs
+        if len(missing := ids.difference(genes.index)) or not ids.is_unique or not len(ids):
+            raise InputError(f"--panel_file {file}: " + (f"{len(missing)} of its {len(ids)} genes, {missing[0]!r} "
+                             f"first, are not in {self.section_path(section)}" if len(missing) else "a gene stands in "
+                             "it twice" if len(ids) else "it holds no genes") + ". Its first column must be gene ids")
+        panel = pd.DataFrame({"symbol": genes.loc[ids, "symbol"]}, index=ids).rename_axis("gene_id")
+        panel.insert(1, "marker", panel["symbol"].isin(how["markers"]))
+        panel.attrs = how | {"sections": [], "file": str(file)}
+        return panel
+
     def expression(self, section, name, panel, adata=None):
         """What the model is trained on and scored against: float32 (n_spots, G), columns in panel order."""
         if name.endswith("_paper"):

@@ -4,7 +4,7 @@ Symbols: B batch, G genes in the panel, S side of the encoder's input in pixels,
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class ModelConfig:
 
     kind: str  # heg: both sides are projected to embedding_dim; hvg, regression: images go straight into gene space
     n_genes: int
-    encoder: str
+    encoder: str  # the network's name in timm: what a name on a hub stands for, so that no hub is asked to build it
     image_size: int
     mean: tuple  # of the encoder's training pixels, RGB, 0 to 1
     std: tuple
@@ -34,6 +34,7 @@ class ModelConfig:
     learned_temperature: bool = False
     expression_head: bool = False  # trained beside the heads, to predict expression itself
     bgr: bool = False  # blue-green-red pixels, as the published models were trained on
+    encoder_args: dict = field(default_factory=dict)  # of timm.create_model; layers by name
 
 
 class ProjectionHead(nn.Module):
@@ -61,14 +62,14 @@ class HECLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.image_encoder = timm.create_model(config.encoder, pretrained=False, num_classes=0)
-        features = getattr(self.image_encoder, "head_hidden_size", None) or self.image_encoder.num_features
+        self.image_encoder = create_encoder(config.encoder, config.encoder_args)
+        self.n_features = n_features(self.image_encoder)
         self.width = config.embedding_dim if config.kind == "heg" else config.n_genes
-        self.image_projection = (nn.Linear(features, config.n_genes) if config.kind == "regression"
-                                 else ProjectionHead(features, self.width, config.dropout))
+        self.image_projection = (nn.Linear(self.n_features, config.n_genes) if config.kind == "regression"
+                                 else ProjectionHead(self.n_features, self.width, config.dropout))
         self.expression_projection = (ProjectionHead(config.n_genes, self.width, config.dropout)
                                       if config.kind == "heg" else nn.Identity())
-        self.expression_head = nn.Linear(features, config.n_genes) if config.expression_head else None
+        self.expression_head = nn.Linear(self.n_features, config.n_genes) if config.expression_head else None
         if predictor := self.predictor:  # the same for every image at first; main.py makes that the mean profile
             nn.init.zeros_(predictor.weight)
             nn.init.zeros_(predictor.bias)
@@ -85,9 +86,13 @@ class HECLIP(nn.Module):
         """Of the loss: a number, or a scalar tensor if it is learned."""
         return self.log_temperature.exp() if self.config.learned_temperature else self.config.temperature
 
+    def encode_features(self, pixels):
+        """What the image encoder makes of standardised pixels (B, 3, S, S): (B, F)."""
+        return pool(self.image_encoder, self.image_encoder(pixels))
+
     def encode_image(self, pixels):
-        """Standardised pixels (B, 3, S, S) -> (B, D)."""
-        return self.image_projection(self.image_encoder(pixels))
+        """Standardised pixels (B, 3, S, S), or their features (B, F) if these were computed before -> (B, D)."""
+        return self.image_projection(pixels if pixels.ndim == 2 else self.encode_features(pixels))
 
     def encode_expression(self, expression):
         """Log-normalised expression (B, G) -> (B, D)."""
@@ -95,48 +100,105 @@ class HECLIP(nn.Module):
 
     def forward(self, pixels, expression):
         """Both embeddings, (B, D) each, and the expression that the expression head predicts, (B, G), or None."""
-        features = self.image_encoder(pixels)
+        features = pixels if pixels.ndim == 2 else self.encode_features(pixels)
         predicted = self.expression_head(features) if self.expression_head else None
         return self.image_projection(features), self.encode_expression(expression), predicted
 
 
-def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standardised", **options):
-    """ModelConfig for an encoder known to timm.
+def create_encoder(name, arguments, pretrained=False):
+    """The network that timm knows by that name, without classifier. arguments: of timm.create_model, plain values."""
+    arguments = arguments | {"num_classes": 0}
+    if isinstance(arguments.get("mlp_layer"), str):  # timm looks up activations and norms by name, but not this one
+        arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
+    return timm.create_model(name, pretrained=pretrained, **arguments)
 
-    The input side is `image_size`, else the encoder's own if it takes no other, else the patch's. pixels:
-    "standardised" with the encoder's own mean and std, or "raw_bgr", 0 to 255 and blue first, as published.
+
+def n_features(network):
+    """F, the number of features that `pool` leaves of the network's output."""
+    width = getattr(network, "head_hidden_size", None) or network.num_features
+    return 2 * width if getattr(network, "global_pool", None) == "" else width
+
+
+def pool(network, output):
+    """(B, F) as it is; the tokens (B, T, C) of a transformer that does not pool: class token beside the patches' mean.
+
+    So Virchow's authors advise for their models (Vorontsov et al., Nat Med 2024).
+    """
+    if output.ndim == 2:
+        return output
+    return torch.cat([output[:, 0], output[:, network.num_prefix_tokens:].mean(dim=1)], dim=1)
+
+
+def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standardised", encoder_args=None, **options):
+    """ModelConfig for an encoder known to timm, by its name there, `hf-hub:<owner>/<name>` or `local-dir:<folder>`.
+
+    The input side is `image_size`, else the encoder's own if it takes no other, else the patch's; a transformer of
+    fixed size is built for `image_size`. pixels: "standardised" with the encoder's own mean and std, or "raw_bgr", 0
+    to 255 and blue first, as published. encoder_args: further arguments of timm.create_model.
     """
     try:
+        source, name = timm.models.parse_model_name(encoder)
+        architecture, arguments = encoder, {}
+        if source is not None:
+            read_config = (timm.models.load_model_config_from_hf if source == "hf-hub"
+                           else timm.models._hub.load_model_config_from_path)
+            _, architecture, arguments = read_config(name)
+        arguments = {**arguments, **(encoder_args or {})}
         with torch.device("meta"):  # no memory, no weights
-            network = timm.create_model(encoder, pretrained=False, num_classes=0)
+            network = create_encoder(encoder, arguments)
+            known = timm.data.resolve_model_data_config(network)
+            if source is not None and getattr(network, "pos_embed", None) is not None:  # by its own name alone, timm
+                arguments.setdefault("img_size", network.patch_embed.img_size[0])  # may build it for another size
+            own, dynamic = arguments.get("img_size", known["input_size"][-1]), arguments.get("dynamic_img_size", False)
+            fixed = network.pretrained_cfg.get("fixed_input_size", False) and not dynamic
+            size = image_size or (own if fixed or dynamic else patch_px)
+            if fixed and size != own:
+                arguments["img_size"] = size
+                network = create_encoder(encoder, arguments)
+            output = network.eval()(torch.empty(2, 3, size, size))
     except Exception as error:  # timm and the hub raise many kinds
-        raise InputError(f"--encoder {encoder}: {first_line(error)}. timm.list_models() lists the names") from None
-    known = timm.data.resolve_model_data_config(network)
-    fixed = network.pretrained_cfg.get("fixed_input_size", False)
+        raise InputError(f"--encoder {encoder}: {first_line(error)}. {advice(encoder)}") from None
+    tokens = output.ndim == 3 and getattr(network, "num_prefix_tokens", 0)
+    if not (tokens or output.ndim == 2) or pool(network, output).shape[1] != n_features(network):
+        raise InputError(f"--encoder {encoder} gives {tuple(output.shape)} for 2 images, which is not a vector each. "
+                         """Let it pool: --encoder_args '{"global_pool": "avg"}'""")
     raw = pixels == "raw_bgr"
     mean, std = ((0.0,) * 3, (1 / 255,) * 3) if raw else (tuple(known["mean"]), tuple(known["std"]))
-    return ModelConfig(kind, n_genes, encoder, image_size or (known["input_size"][-1] if fixed else patch_px),
-                       mean, std, bgr=raw, **options)
+    return ModelConfig(kind, n_genes, architecture, size, mean, std, bgr=raw, encoder_args=arguments, **options)
 
 
-def load_encoder_weights(network, encoder, file=None):
+def advice(encoder):
+    """What may mend an encoder that cannot be built or fetched."""
+    if encoder.startswith(("hf-hub:", "hf_hub:")):
+        return ("Check the name; a gated model needs its terms accepted on its page and `hf auth login`; without "
+                "network, give its downloaded folder as --encoder local-dir:FOLDER")
+    return "timm.list_models() lists the names"
+
+
+def load_encoder_weights(network, encoder, file=None, encoder_args=None):
     """Fill the image encoder with pretrained weights, in place.
 
     file: a state dict of timm or torchvision (.pth, .pt or .safetensors). Without it: those of an installed package
-    for tf_efficientnet_lite0, else timm's, from its hub.
+    for tf_efficientnet_lite0, else those that timm finds by the encoder's name, in its hub as a rule. encoder_args:
+    those of the network's config.
     """
     file = file or packaged_weights(encoder)
     if file is None:
-        try:
-            timm.models.load_pretrained(network, pretrained_cfg=network.pretrained_cfg, num_classes=0)
+        try:  # timm makes them fit: it resizes the position embedding, and knows the names in other people's files
+            network.load_state_dict(create_encoder(encoder, encoder_args or {}, pretrained=True).state_dict())
         except Exception as error:  # the hub's client raises many kinds
-            raise InputError(f"the ImageNet weights of {encoder} could not be fetched ({first_line(error)}). Give them "
-                             "as a local file with --encoder_weights FILE, or train from scratch with "
+            raise InputError(f"the pretrained weights of {encoder} could not be fetched ({first_line(error)}). Give "
+                             "them as a local file with --encoder_weights FILE, or train from scratch with "
                              "--no-pretrained") from None
         return
     weights = read_weights(file)
     wanted = network.state_dict()
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    position = weights.get("pos_embed")
+    if position is not None and "pos_embed" in wanted and position.shape[1] != wanted["pos_embed"].shape[1]:
+        prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
+        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(position, network.patch_embed.grid_size,
+                                                                  num_prefix_tokens=prefix)
     if not weights.keys() >= {key for key in wanted if not key.endswith("num_batches_tracked")}:
         weights = pair_by_position(weights, wanted, file, encoder)
     problem = [key for key in wanted if key in weights and weights[key].shape != wanted[key].shape]

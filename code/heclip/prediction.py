@@ -51,6 +51,9 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retriev
     """
     path, run = checkpoint_of(model, save_path)
     network, facts = load_checkpoint(path)
+    if not facts:
+        raise InputError(f"{path} is a published checkpoint, which does not say what it was trained on: a slide "
+                         "without expression needs a model of main.py")
     dataset, name = (facts["dataset"], facts["name"]) if run is None else (run.dataset, run.name)
     processed = Processed(dataset)
     if absent := sorted(set(facts["reference"]) - set(processed.sections().index)):
@@ -240,9 +243,9 @@ def predict_slide_command(args):
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         prediction = predict_slide(
-            (args.dataset, run.name), args.image, args.mpp, pitch=args.pitch, positions=args.positions,
-            retrieval=args.retrieval, k=args.k, views=args.views, smoothing=args.smoothing,
-            batch_size=args.batch_size, device=args.device, compile=args.compile,
+            args.checkpoint or (args.dataset, run.name), args.image, args.mpp, pitch=args.pitch,
+            positions=args.positions, retrieval=args.retrieval, k=args.k, views=args.views,
+            smoothing=args.smoothing, batch_size=args.batch_size, device=args.device, compile=args.compile,
             save_path=args.save_path)
     ((stem, library),) = prediction.uns["spatial"].items()
     path = run.folder / f"{run.name}_slide_{stem}_prediction.h5ad"

@@ -40,3 +40,7 @@ PREDICTION = {
     "bleep": AS_PUBLISHED | {"retrieval": "gene"},
     "regression": AS_PUBLISHED,  # its views and smoothing; nothing is retrieved
 }
+
+# What --freeze changes of any recipe, and of main.py's 15 epochs: they take a moment each, colours cannot vary, and a
+# second loss has no encoder to teach.
+FROZEN = {"colour_jitter": 0.0, "expression_loss": 0.0, "max_epochs": 40}
