@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow a busy machine tenfold
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side; and sums in one order are equal to the last bit
 os.environ["HECLIP_ROOT"] = tempfile.mkdtemp(prefix="heclip-tests-")  # before heclip is imported: it is read once
 
 PROJECT = Path(__file__).resolve().parents[1]
