@@ -49,6 +49,7 @@ from heclip.retrieval import average_expression, random_spots, retrieve
 # Trained methods: flags of main.py, then flags of infer.py that differ from the recipe's own.
 TRAINED = {
     "HECLIP": (["--recipe", "heclip"], []),
+    "HECLIP, frozen encoder": (["--freeze", "--max_epochs", "40", "--batch_size", "128"], []),
     "published heg": (["--recipe", "published"], []),
     "published hvg": (["--recipe", "published", "--type", "hvg"], []),
     "BLEEP": (["--recipe", "bleep"], []),
