@@ -193,13 +193,13 @@ def calibration_figure(prediction, path, title=""):
         axes.scatter(value, error, s=4, linewidths=0, color="0.8", rasterized=True)
         axes.plot([value[rows].mean() for rows in tenths], [error[rows].mean() for rows in tenths], "o-", ms=4,
                   color=GROUP_COLOURS[0])
-        axes.set(xlabel=f"{label} the retrieved spots", ylabel="error of the spot (RMSE, log-normalised)")
+        axes.set(xlabel=f"{label} the retrieved spots", ylabel="RMSE of the spot")
         axes.set_title(f"ρ = {_rank_correlation(value, error):.2f}", loc="right", fontsize=9)
     if genes:
         expected, reached = (prediction.var[column].to_numpy() for column in ("expected_pearson", "pearson"))
         panels[-1].axline((0, 0), slope=1, color="0.6", linewidth=0.8)
         panels[-1].scatter(expected, reached, s=6, linewidths=0, color=GROUP_COLOURS[0], alpha=0.6, rasterized=True)
-        panels[-1].set(xlabel="Pearson of the gene expected (validation)", ylabel="reached on the query")
+        panels[-1].set(xlabel="Pearson of the gene, expected", ylabel="reached")
         panels[-1].set_title(f"ρ = {_rank_correlation(expected, reached):.2f}", loc="right", fontsize=9)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
