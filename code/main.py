@@ -193,7 +193,8 @@ def main(argv=None):
                 image, expression, predicted = model(pixels, truth)  # (B / R, D), (B / R, D), (B / R, G)
             loss = loss_of(parallel.gather(image.float()), parallel.gather(expression.float()), network.temperature)
             if args.expression_loss:
-                loss = loss + args.expression_loss * regression_loss(predicted, truth)
+                loss = loss + args.expression_loss * regression_loss(parallel.gather(predicted.float()),
+                                                                     parallel.gather(truth))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

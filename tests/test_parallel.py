@@ -50,7 +50,7 @@ rank, world, device = parallel.start(torch.device("cpu"))
 torch.manual_seed(0)
 network = HECLIP(configure("test_vit", "heg", 7, 160, dropout=0.0))
 pixels, expression = torch.randn(8, 3, 160, 160), torch.randn(8, 7)
-loss = image_centric_loss(*network(pixels, expression))
+loss = image_centric_loss(*network(pixels, expression)[:2])
 alone = torch.autograd.grad(loss, network.parameters())
 
 model = parallel.distribute(network, device)

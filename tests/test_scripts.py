@@ -298,7 +298,7 @@ def test_the_untrained_model_is_the_one_training_started_from(trained, tmp_path)
                "--wd", "0"])
     run = Run("small", "heg", tmp_path)
     kept = torch.load(run.checkpoint, weights_only=True)["model"]
-    for name, value in infer.untrained_model(run).named_parameters():
+    for name, value in infer.untrained_model(run.checkpoint).named_parameters():
         if name != "expression_head.bias":  # the mean profile of the training spots
             assert torch.equal(value, kept[name]), name
 
