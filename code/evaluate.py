@@ -191,7 +191,7 @@ def evaluate(place, args, protocol, processed, fold, method, seed, features):
 
 
 def trained(place, args, protocol, fold, method, seed):
-    """Train and predict by the scripts. Their output goes to log.txt; of their files only the prediction is kept."""
+    """Train and predict by the scripts: (n, G). Their output goes to log.txt; of their files none is kept."""
     training, prediction = TRAINED[method]
     which = training[training.index("--type") + 1] if "--type" in training else "heg"
     common = ["--dataset", args.dataset, "--type", which, "--panel", args.panel, "--protocol", protocol, "--save_path",
@@ -212,7 +212,7 @@ def trained(place, args, protocol, fold, method, seed):
 
 
 def frozen(args, processed, fold, method, features):
-    """What the pretrained encoder gives without any training of it."""
+    """What the pretrained encoder gives without any training of it: (n, G). features: section -> (n_spots, F), kept."""
     sections = [*fold.reference, fold.query]
     for section in tqdm([name for name in sections if name not in features], "frozen encoder", leave=False,
                         disable=None):

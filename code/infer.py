@@ -3,9 +3,9 @@
     python code/infer.py --dataset GSE240429 --type heg
 
 reads GSE/<dataset>/processed and the checkpoint that main.py wrote (--checkpoint takes another, of HECLIP's authors
-too); embeds every section into ebd/; retrieves for each
-query patch its K nearest reference spots; and writes <type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json
-to save/<dataset>/ and maps and UMAPs to figure/. With --image it predicts a slide that has no expression instead.
+too); embeds every section into ebd/; retrieves for each query patch its nearest reference spots; and writes
+<type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json to save/<dataset>/ and maps, UMAPs and calibration to
+figure/. With --image it predicts a slide that has no expression instead.
 """
 
 import json

@@ -109,15 +109,7 @@ def tiff(path, file):
             end = max(offset + size for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True))
             if end > file.stat().st_size:
                 raise ValueError(f"it ends {end - file.stat().st_size:,} bytes early")
-            if page.dtype != np.uint8:
-                raise ValueError(f"its pixels are {page.dtype}, expected 8 bits a channel")
-            kind = tifffile.PHOTOMETRIC(page.photometric).name
-            if kind == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
-                kind = "RGB"  # tifffile decodes it so
-            if kind not in ("RGB", "MINISBLACK") or page.samplesperpixel not in (1, 3, 4):
-                raise ValueError(f"it has {page.samplesperpixel} channels of kind {kind}, expected RGB or grey")
-            if series.axes not in ("YX", "YXS", "SYX"):
-                raise ValueError(f"its axes are {series.axes}, expected one plane of colour pixels")
+            check_pixels(page, series.axes)
             if page.is_memmappable and series.axes != "SYX":
                 pixels, chunk = RowsOfFile(file, page.dataoffsets[0], page.shape), 1
             else:
@@ -130,6 +122,19 @@ def tiff(path, file):
         except Exception as error:
             raise unreadable(path, error) from None
         yield Slide(path, pixels, chunk)
+
+
+def check_pixels(page, axes):
+    """Raise ValueError unless a TIFF page holds one plane of RGB, RGBA or grey pixels of 8 bits a channel."""
+    if page.dtype != np.uint8:
+        raise ValueError(f"its pixels are {page.dtype}, expected 8 bits a channel")
+    kind = tifffile.PHOTOMETRIC(page.photometric).name
+    if kind == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
+        kind = "RGB"  # tifffile decodes it so
+    if kind not in ("RGB", "MINISBLACK") or page.samplesperpixel not in (1, 3, 4):
+        raise ValueError(f"it has {page.samplesperpixel} channels of kind {kind}, expected RGB or grey")
+    if axes not in ("YX", "YXS", "SYX"):
+        raise ValueError(f"its axes are {axes}, expected one plane of colour pixels")
 
 
 class RowsOfFile:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .batches import READERS
 from .files import InputError
-from .slide import RowsOfFile, Slide, picture, unreadable
+from .slide import RowsOfFile, Slide, check_pixels, picture, unreadable
 
 CACHE = 256 << 20  # bytes of decoded tiles
 AHEAD = 16  # patches whose tiles are asked for before they are needed
@@ -203,15 +203,7 @@ def tiff_slide(path):
 def tiff_level(path, series, number):
     """One level of a TIFF series."""
     level, page = series.levels[number], series.levels[number].keyframe
-    if page.dtype != np.uint8:
-        raise ValueError(f"its pixels are {page.dtype}, expected 8 bits a channel")
-    kind = tifffile.PHOTOMETRIC(page.photometric).name
-    if kind == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
-        kind = "RGB"  # tifffile decodes it so
-    if kind not in ("RGB", "MINISBLACK") or page.samplesperpixel not in (1, 3, 4):
-        raise ValueError(f"it has {page.samplesperpixel} channels of kind {kind}, expected RGB or grey")
-    if level.axes not in ("YX", "YXS", "SYX"):
-        raise ValueError(f"its axes are {level.axes}, expected one plane of colour pixels")
+    check_pixels(page, level.axes)
     height, width = page.imagelength, page.imagewidth
     if page.is_memmappable and level.axes != "SYX":
         stored = RowsOfFile(path, page.dataoffsets[0], page.shape)
