@@ -209,7 +209,7 @@ def test_a_section_gives_the_same_processed_files_in_every_form(root, expected, 
 def test_the_picture_to_check_by_eye_is_drawn_from_stored_patches_too(tmp_path, monkeypatch):
     under(tmp_path / "root", monkeypatch)
     run(write_sheet(tmp_path, {name: hest_patches(tmp_path, name) for name in SECTIONS}))
-    assert (tmp_path / "root/figure/QC/mine/A1.png").stat().st_size > 10_000
+    assert (tmp_path / "root/figure/QC/mine/A1.jpg").stat().st_size > 10_000
     entry = Processed("mine").read("A1").uns["spatial"]["A1"]
     thumbnail, (_, table, image) = entry["images"]["hires"], raw_section("A1")
     x, y = table.loc[table["in_tissue"] == 1, ["pxl_col_in_fullres", "pxl_row_in_fullres"]].round().astype(int).iloc[7]
@@ -243,7 +243,7 @@ def test_stored_patches_that_do_not_fit_are_refused(root, tmp_path, damage, says
         damage(file)
     with pytest.raises(InputError, match=says):
         run(path)
-    assert not list(root.rglob("*.npy"))
+    assert not list(root.rglob("A1*"))
 
 
 # ------------------------------------------------------------------------- where files are looked for

@@ -305,6 +305,7 @@ def _save(figure, path):
     path = Path(path)
     # TrueType keeps text editable; the salt gives an SVG the same ids every time. Zlib's fastest level: the best takes
     # four times as long on these large pictures, to save a tenth.
-    options = {"pil_kwargs": {"compress_level": 1}} if path.suffix == ".png" else {}
+    options = {".png": {"pil_kwargs": {"compress_level": 1}}, ".jpg": {"pil_kwargs": {"quality": 92}}}
     with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "heclip"}), atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=DPI, metadata=NO_DATES.get(path.suffix), **options)
+        figure.savefig(temporary, format=path.suffix[1:], dpi=DPI, metadata=NO_DATES.get(path.suffix),
+                       **options.get(path.suffix, {}))

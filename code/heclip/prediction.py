@@ -257,8 +257,8 @@ def predict_slide_command(args):
     if args.spatialdata:
         write_spatialdata(prediction, args.spatialdata)
     if args.figures:
-        spots, maps = (run.top / "figure" / kind / f"{run.dataset}_{run.name}_slide_{stem}.png"
-                       for kind in ("QC", "MAP"))
+        spots, maps = (run.top / "figure" / kind / f"{run.dataset}_{run.name}_slide_{stem}.{end}"
+                       for kind, end in (("QC", "jpg"), ("MAP", "png")))
         figures.spots_over_slide(prediction, stem, spots)
         figures.predicted_maps(prediction, telling_genes(prediction), maps)
         print(f"Look at {spots}: spots on all tissue, and on nothing else. Maps in {maps}")

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from . import command, expression, figures, slide, sources
 from .dataset import ROOT, Dataset, Processed, run_name
 from .files import InputError, atomic_path, sha256, write_h5ad
 
+DRAWING = threading.Lock()  # matplotlib is not made for threads
 FORMAT = 1  # of the processed files; a higher one makes every section anew
 
 
@@ -35,7 +37,8 @@ def add_flags(flags, patch_px):
     """The flags that every preprocess script has."""
     flags.add_argument("--protocol", choices=["strict", "paper"], default="strict",
                        help="paper: prepare also the published panel and batch correction, over all sections")
-    flags.add_argument("--workers", type=command.positive, default=1, help="processes to share the sections between")
+    flags.add_argument("--workers", type=command.positive, default=1,
+                       help="processes to share the sections between; a single one prepares two at a time")
     flags.add_argument("--section", nargs="+", metavar="NAME",
                        help="prepare these sections only, and no panel: for jobs that share the work. When all are "
                             "done, run once more without this flag")
@@ -82,62 +85,35 @@ def prepare(dataset, args):
 def preprocess_sections(jobs, workers=1):
     """Prepare sections; jobs are the arguments of `preprocess_section`. Returns their rows of sections.csv.
 
-    In one process they come one after another, but while a section's slide is cropped and its files are written, a
-    thread reads the next one's counts: the two halves take about equally long. Only the calling thread writes files.
+    One process prepares two at a time, in threads: nearly all of the work is outside Python's lock, and a second
+    process would first import everything. After an error, sections that have begun are finished.
     """
     if min(workers, len(jobs)) > 1:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            return list(pool.map(preprocess_section, *zip(*jobs, strict=True)))
-    rows, before = [], None
-    with ThreadPoolExecutor(1) as thread:
-        for job in jobs:
-            ahead = thread.submit(read_raw, *job)
-            if before:
-                rows.append(write_processed(*before.result()))
-            before = ahead
-        rows.append(write_processed(*before.result()))
-    return rows
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    else:
+        pool = ThreadPoolExecutor(2)
+    try:
+        return list(pool.map(preprocess_section, *zip(*jobs, strict=True)))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def preprocess_section(dataset, section, raw, processed):
-    """One section's patches, expression and picture. Returns its row of sections.csv."""
-    return write_processed(*read_raw(dataset, section, raw, processed))
-
-
-def read_raw(dataset, section, raw, processed):
-    """The first half, without pixels: a section's expression, from its processed file if that is up to date.
-
-    Returns what `write_processed` takes.
-    """
+    """One section's patches, expression and picture, unless they are up to date. Returns its row of sections.csv."""
     files = {what: sources.find(raw, getattr(section, what), f"{what} of section {section.name}")
              for what in ("counts", "positions", "image")}
     if dataset.symbols:
         files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
-    read = list(dict.fromkeys(sources.files_of(files["counts"]) + list(files.values())))
-    names = [path.name for path in read]  # two files of one name keep their folder's, so that both are recorded
-    earlier = processed.section_path(section.name).exists() and processed.patches_path(section.name).exists()
+    section_path, patches_path = processed.section_path(section.name), processed.patches_path(section.name)
+    earlier = processed.read(section.name) if section_path.exists() and patches_path.exists() else None
     with ThreadPoolExecutor(1) as thread:
-        hashes = thread.submit(lambda: {path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}":
-                                        sha256(path) for path in read})
-        adata = processed.read(section.name) if earlier else read_section(dataset, section, files)
-    made_from = {"format": FORMAT, "files": hashes.result(),
-                 "n_spots": section.n_spots, "patch_px": dataset.patch_px, "min_counts": dataset.min_counts,
-                 "pitch_um": section.pitch_um or dataset.pitch_um, "spot_um": dataset.spot_um,
-                 "patch_um": dataset.patch_um, "mpp": section.mpp, "scale": section.scale,
-                 "new_ids": hashlib.sha256(json.dumps(section.new_ids).encode()).hexdigest()}
-    anew = not earlier or json.loads(adata.uns["made_from"]) != made_from
-    if anew:
+        described = thread.submit(describe, dataset, section, files)
+        adata = earlier or read_section(dataset, section, files)
+    made_from = described.result()
+    if anew := not earlier or json.loads(earlier.uns["made_from"]) != made_from:
         if earlier:
             adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
-    return dataset, section, processed, files, adata, anew
-
-
-def write_processed(dataset, section, processed, files, adata, anew):
-    """The second half: patches, the section's files and its picture, if made anew. Returns its row of sections.csv."""
-    picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.png"
-    section_path, patches_path = processed.section_path(section.name), processed.patches_path(section.name)
-    if anew:
         mpp = microns_per_pixel(section, adata, files["positions"], dataset.pitch_um)
         spot_um = dataset.spot_um * (section.pitch_um or dataset.pitch_um) / dataset.pitch_um
         # Both files appear at once, so that patches of one version never meet expression of another.
@@ -151,13 +127,27 @@ def write_processed(dataset, section, processed, files, adata, anew):
             write_h5ad(adata, h5ad)
             for panel_type in ("hvg", "heg"):
                 drop_corrected(processed, section.name, panel_type)  # it was made from what is replaced now
+    picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.jpg"
     if anew or not picture.exists():
-        figures.spots_over_slide(adata, section.name, picture)
-    hashes = json.loads(adata.uns["made_from"])["files"]
+        with DRAWING:
+            figures.spots_over_slide(adata, section.name, picture)
     return {"section": section.name, "donor": section.donor, "role": section.role, "n_spots": adata.n_obs,
             "n_genes": adata.n_vars, "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"],
             "patch_px": dataset.patch_px, "crop_px": int(adata.uns["crop_px"]), "padded": int(adata.uns["padded"]),
-            "image": files["image"].name, "sha256": " ".join(f"{name}:{digest}" for name, digest in hashes.items())}
+            "image": files["image"].name,
+            "sha256": " ".join(f"{name}:{digest}" for name, digest in made_from["files"].items())}
+
+
+def describe(dataset, section, files):
+    """All that a section's processed files depend on: the raw files' digests, and the settings."""
+    read = list(dict.fromkeys(sources.files_of(files["counts"]) + list(files.values())))
+    names = [path.name for path in read]  # two files of one name keep their folder's, so that both are recorded
+    hashes = {path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}": sha256(path)
+              for path in read}
+    return {"format": FORMAT, "files": hashes, "n_spots": section.n_spots, "patch_px": dataset.patch_px,
+            "min_counts": dataset.min_counts, "pitch_um": section.pitch_um or dataset.pitch_um,
+            "spot_um": dataset.spot_um, "patch_um": dataset.patch_um, "mpp": section.mpp, "scale": section.scale,
+            "new_ids": hashlib.sha256(json.dumps(section.new_ids).encode()).hexdigest()}
 
 
 def read_section(dataset, section, files):
