@@ -8,6 +8,7 @@ too); embeds every section into ebd/; retrieves for each query patch its nearest
 figure/. With --image it predicts a slide that has no expression instead.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from heclip.metrics import mean_defined, score, score_further
 from heclip.model import HECLIP, load_encoder_weights
 from heclip.prediction import predict_slide_command
 from heclip.recipes import PREDICTION
-from heclip.retrieval import average_expression, random_spots, retrieve, smooth, spread
+from heclip.retrieval import average_expression, centre, random_spots, retrieve, smooth, spread
 
 
 def parse(argv=None):
@@ -38,6 +39,8 @@ def parse(argv=None):
                        help="which embeddings of the reference the prediction is retrieved by; all three are scored")
     flags.add_argument("--k", type=command.positive,
                        help="reference spots averaged for each query spot; with both, K of each")
+    flags.add_argument("--centre", action=argparse.BooleanOptionalAction,
+                       help="compare embeddings less the mean of their section, which its stain and batch move")
     flags.add_argument("--views", type=int, choices=[1, 2, 4, 8],
                        help="symmetries of each patch whose embeddings are averaged")
     flags.add_argument("--smoothing", type=command.not_negative, metavar="PITCHES",
@@ -145,7 +148,7 @@ def main(argv=None):
         if args.ebd_only:
             return
 
-    # 2. Retrieve the K nearest reference spots, average their expression, smooth over neighbouring spots.
+    # 2. Centre embeddings, retrieve the K nearest reference spots, average their expression, smooth over neighbours.
     models = {"": embeddings}
     if args.untrained:
         models["untrained "] = embed(untrained_model(checkpoint), processed, truth, command.pick_device(args.device),
@@ -153,8 +156,10 @@ def main(argv=None):
     neighbours = {}  # label -> (index, similarity), (n_query, K) each
     for label, of_model in models.items():
         for kind in ("gene", "image"):
-            nearest = np.concatenate([of_model[section][kind] for section in reference])  # (N, D)
-            neighbours[label + kind] = retrieve(of_model[query]["image"], nearest, args.k)
+            sections = [of_model[section][kind] for section in reference]  # (N_s, D) each
+            image = of_model[query]["image"]
+            image, nearest = centre(image, sections) if args.centre else (image, np.concatenate(sections))
+            neighbours[label + kind] = retrieve(image, nearest, args.k)
     neighbours["both"] = [np.hstack(pair) for pair in zip(neighbours["gene"], neighbours["image"], strict=True)]
     neighbours["random"] = random_spots(len(truth[query]), len(reference_expression), args.k, args.seed), None
     xy = adata.obsm["spatial"]
@@ -289,7 +294,8 @@ def print_scores(args, query, reference, panel, summaries):
     order = sorted(summaries, key=lambda label: label != args.retrieval)
     scores = pd.DataFrame({names.get(label, label): summaries[label] for label in order})
     print(f"\n{args.dataset} {args.type}, protocol {args.protocol}: {query} predicted from {', '.join(reference)}; "
-          f"{len(panel)} genes, K = {args.k}, {args.views} views, smoothing {args.smoothing}.")
+          f"{len(panel)} genes, K = {args.k}, {args.views} views, smoothing {args.smoothing}"
+          f"{', centred' if args.centre else ''}.")
     print("HEG-n, HVG-n: mean Pearson of the n genes highest, or most variable, in the "
           + ("query's truth, as published." if args.protocol == "paper" else "reference."))
     print(scores.to_string(float_format=lambda value: f"{value:.3f}" if value % 1 else f"{value:.0f}"))

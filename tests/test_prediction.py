@@ -117,8 +117,8 @@ def test_similarity_and_spread_follow_their_definitions():
     rng = np.random.default_rng(0)
     embeddings, nearest = rng.normal(size=(7, 5)).astype(np.float32), rng.normal(size=(40, 5)).astype(np.float32)
     expression = rng.gamma(1, 1, (40, 6)).astype(np.float32)
-    x, index, similarity = prediction.retrieve_expression(torch.from_numpy(embeddings), [torch.from_numpy(nearest)],
-                                                          expression, 4)
+    x, index, similarity = prediction.retrieve_expression(torch.from_numpy(embeddings), [[torch.from_numpy(nearest)]],
+                                                          expression, 4, centred=False)
     cosine = np.array([[e @ n / np.linalg.norm(e) / np.linalg.norm(n) for n in nearest] for e in embeddings])
     for spot in range(7):
         rows = np.argsort(-cosine[spot])[:4]
@@ -139,7 +139,8 @@ def test_half_the_pixel_size_gives_nearly_the_same_prediction(run, slide, tmp_pa
     spots.obsm["spatial"] = np.rint(spots.obsm["spatial"])
     doubled = spots.copy()
     doubled.obsm["spatial"] = 2 * spots.obsm["spatial"]
-    options = dict(model=("slides", "heg"), device="cpu", k=20, retrieval="gene", views=1, smoothing=0)
+    options = dict(model=("slides", "heg"), device="cpu", k=20, retrieval="gene", centre=False, views=1,
+                   smoothing=0)
     once = heclip.predict(spots, slide, **options)
     again = heclip.predict(doubled, tmp_path / "twice.tif", mpp=mpp_of_query() / 2, **options)
     wrong = heclip.predict(doubled, tmp_path / "twice.tif", mpp=mpp_of_query(), **options)

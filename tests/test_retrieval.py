@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from heclip.retrieval import average_expression, random_spots, retrieve, smooth, spread
+from heclip.retrieval import average_expression, centre, random_spots, retrieve, smooth, spread
 
 
 def cosine(query, reference):
@@ -96,6 +96,26 @@ def test_spots_that_are_alike_have_no_spread_and_neither_has_a_single_one():
     np.testing.assert_allclose(spread(index, same), 0, atol=2e-3)  # the root of rounding
     np.testing.assert_allclose(spread(index[:, :1], np.random.default_rng(0).random((9, 6))), 0, atol=2e-3)
     assert np.isfinite(spread(index, same)).all()
+
+
+def test_each_section_is_centred_on_its_own_mean_and_few_patches_on_the_references_too():
+    query, sections = np.array([[1.0, 0], [3, 8]]), [np.array([[1.0, 1], [3, 5]]), np.array([[10.0, 2]])]
+    expected = np.array([14 / 3, 8 / 3])  # the mean of all three reference spots
+    centred, reference = centre(query, sections)
+    np.testing.assert_allclose(reference, [[-1, -2], [1, 2], [0, 0]])
+    np.testing.assert_allclose(centred, query - (np.array([4, 8]) + 20 * expected) / 22)
+
+
+def test_what_shifts_all_of_a_section_changes_nothing_that_is_retrieved():
+    query, reference = embeddings(400, 300)
+    parts = [reference[:120], reference[120:]]
+    index, similarity = retrieve(*centre(query, parts), 10)
+    moved = [parts[0] + 3, parts[1] - np.arange(8)]
+    mean = np.concatenate(moved).mean(axis=0) - reference.mean(axis=0)
+    index_moved, similarity_moved = retrieve(*centre(query + mean, moved), 10)
+    np.testing.assert_array_equal(index_moved, index)
+    np.testing.assert_allclose(similarity_moved, similarity, atol=1e-6)
+    assert (retrieve(query + mean, np.concatenate(moved), 10)[0] != index).mean() > 0.5  # but for the centring
 
 
 def slow_smooth(prediction, xy, width):

@@ -98,7 +98,10 @@ def test_the_prediction_is_the_mean_of_the_nearest_reference_spots_smoothed(trai
 
     nearest, similarities = [], []
     for kind in ("gene", "image"):  # both, 10 spots each
-        similarity = unit(files["DEMO_C1"]["image"]) @ unit(np.concatenate([files[s][kind] for s in reference])).T
+        query, every = files["DEMO_C1"]["image"], np.concatenate([files[s][kind] for s in reference])
+        query = query - (query.sum(axis=0) + 20 * every.mean(axis=0)) / (len(query) + 20)
+        centred = np.concatenate([files[s][kind] - files[s][kind].mean(axis=0) for s in reference])
+        similarity = unit(query) @ unit(centred).T
         nearest.append(np.argsort(-similarity, axis=1)[:, :10])
         similarities.append(np.take_along_axis(similarity, nearest[-1], axis=1))
     found = expression[np.hstack(nearest)]  # (n, 20, G)

@@ -25,15 +25,15 @@ from .checkpoint import check_fits, load_checkpoint
 from .dataset import Processed, Run, run_name
 from .files import InputError, atomic_path, write_h5ad
 from .recipes import PREDICTION
-from .retrieval import average_expression, retrieve, smooth, spread
+from .retrieval import average_expression, centre, retrieve, smooth, spread
 from .slide import THUMBNAIL
 
 MAPPED_GENES = 6  # where the dataset names no markers
 VISIUM_UM = 100  # of neighbouring spots, where the reference's lie on no lattice
 
 
-def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retrieval=None, k=None, views=None,
-                  smoothing=None, batch_size=128, device="auto", compile=False, save_path=None):
+def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retrieval=None, k=None, centre=None,
+                  views=None, smoothing=None, batch_size=128, device="auto", compile=False, save_path=None):
     """Predict a slide's expression from its image alone. Writes nothing.
 
     model: (dataset, "heg" or "hvg", with "_paper" where it applies), or the path of a checkpoint that main.py wrote.
@@ -41,8 +41,8 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retriev
     image: a whole slide, or a TIFF, JPEG or PNG. mpp: µm per full-resolution pixel, if the file does not say.
     pitch: distance of neighbouring spots in µm; default: the reference's. positions: instead of a lattice on the
     tissue, a position file that sources.read_positions knows, or such a table.
-    retrieval, k, views, smoothing: as in infer.py; default: as the model's recipe has them. save_path: as main.py's,
-    where the model is given by its dataset.
+    retrieval, k, centre, views, smoothing: as in infer.py; default: as the model's recipe has them. save_path: as
+    main.py's, where the model is given by its dataset.
 
     Returns AnnData, spots x panel: X predicted log-normalised expression, float32; var symbol, marker; obs in_tissue,
     array_row, array_col, similarity (mean cosine similarity of the k retrieved spots) and spread (standard deviation
@@ -61,7 +61,7 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retriev
                          "Train again")
     panel = processed.panel_for(facts["panel_name"], facts["reference"])
     check_fits(path, facts, dataset, name, panel)
-    asked = {"retrieval": retrieval, "k": k, "views": views, "smoothing": smoothing}
+    asked = {"retrieval": retrieval, "k": k, "centre": centre, "views": views, "smoothing": smoothing}
     how = PREDICTION[facts["arguments"]["recipe"]] | {key: value for key, value in asked.items() if value is not None}
     if pitch is not None and not pitch > 0:
         raise InputError(f"--pitch {pitch}: expected the spots' distance in µm")
@@ -89,7 +89,8 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retriev
         embeddings = torch.empty(len(spots), network.width)
         embeddings[order] = encode_patches(network, patches, torch.from_numpy(order), batch_size, how["views"]).cpu()
 
-    predicted, index, similarity = retrieve_expression(embeddings, nearest, reference.expression, how["k"])
+    predicted, index, similarity = retrieve_expression(embeddings, nearest, reference.expression, how["k"],
+                                                       how["centre"])
     if network.config.kind == "regression":
         predicted = embeddings.numpy()
     xy = spots[["x", "y"]].to_numpy(np.float64)
@@ -143,6 +144,7 @@ class Reference(NamedTuple):
 
     sections: list
     expression: np.ndarray  # float32 (N, G), section after section
+    sizes: list  # spots of each section
     patch_px: int
     patch_um: float
     pitch_um: float  # of neighbouring spots
@@ -166,7 +168,8 @@ def read_reference(processed, sections, name, panel):
         with suppress(ValueError, KeyError):  # spots that lie on no lattice
             pitch_um.append(sources.spot_pitch(adata.obs.assign(x=x, y=y)) * mpp)
         spot_um.append(library["scalefactors"]["spot_diameter_fullres"] * mpp)
-    return Reference(sections, np.concatenate(expression), int(table["patch_px"].iloc[0]), float(patch_um.mean()),
+    return Reference(sections, np.concatenate(expression), [len(part) for part in expression],
+                     int(table["patch_px"].iloc[0]), float(patch_um.mean()),
                      float(np.mean(pitch_um or [VISIUM_UM])), float(np.mean(spot_um)))
 
 
@@ -192,25 +195,27 @@ def given_spots(positions):
     return spots
 
 
-def retrieve_expression(embeddings, nearest, expression, k):
+def retrieve_expression(embeddings, reference, expression, k, centred):
     """Each patch's prediction: the mean expression of the k reference spots nearest by each kind of embedding.
 
-    embeddings: image embeddings (n, D); nearest: a list of the reference's embeddings, (N, D) each; expression (N, G).
+    embeddings: image embeddings (n, D); reference: for each kind, a list of the sections' (N_s, D); expression (N, G).
     Returns (predicted float32 (n, G), rows of the reference (n, K), their cosine similarities (n, K)).
     """
-    found = [retrieve(embeddings, of, k) for of in nearest]
+    found = [retrieve(*centre(embeddings, sections), k) if centred else retrieve(embeddings, torch.cat(sections), k)
+             for sections in reference]
     index, similarity = (np.hstack(parts) for parts in zip(*found, strict=True))
     return average_expression(index, expression), index, similarity
 
 
 def reference_embeddings(network, processed, reference, run, panel, kind, device, batch_size, views):
-    """What the slide's patches are compared with, (N, D): the reference's genes, or its images.
+    """What the slide's patches are compared with: the reference's genes, or its images, a list of (N_s, D).
 
     Images come from ebd/, where infer.py has saved those of this very model; else they are embedded anew.
     """
     if kind == "gene":
         with torch.inference_mode():
-            return network.encode_expression(torch.from_numpy(reference.expression).to(device)).cpu()
+            return network.encode_expression(torch.from_numpy(reference.expression).to(device)).cpu().split(
+                reference.sizes)
     embeddings = []
     for section in reference.sections:
         patches = Patches([processed.patches(section)], device)
@@ -221,7 +226,7 @@ def reference_embeddings(network, processed, reference, run, panel, kind, device
                 saved[probe], encode_patches(network, patches, probe, len(probe), views).cpu(), atol=0.05):
             saved = encode_patches(network, patches, torch.arange(n), batch_size, views).cpu()
         embeddings.append(saved)
-    return torch.cat(embeddings)
+    return embeddings
 
 
 def saved_images(run, section, panel):
@@ -244,9 +249,9 @@ def predict_slide_command(args):
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         prediction = predict_slide(
             args.checkpoint or (args.dataset, run.name), args.image, args.mpp, pitch=args.pitch,
-            positions=args.positions, retrieval=args.retrieval, k=args.k, views=args.views,
-            smoothing=args.smoothing, batch_size=args.batch_size, device=args.device, compile=args.compile,
-            save_path=args.save_path)
+            positions=args.positions, retrieval=args.retrieval, k=args.k, centre=args.centre,
+            views=args.views, smoothing=args.smoothing, batch_size=args.batch_size, device=args.device,
+            compile=args.compile, save_path=args.save_path)
     ((stem, library),) = prediction.uns["spatial"].items()
     path = run.folder / f"{run.name}_slide_{stem}_prediction.h5ad"
     with atomic_path(path) as temporary:

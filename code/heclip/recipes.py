@@ -8,7 +8,7 @@ Every entry is the default of a flag of main.py (TRAINING) or infer.py (PREDICTI
 OURS = {
     "loss": "image_centric",
     "temperature": 4.0,
-    "expression_loss": 10.0,
+    "expression_loss": 30.0,
     "pixels": "standardised",
     "colour_jitter": 0.1,
     "schedule": "cosine",
@@ -30,8 +30,8 @@ TRAINING = {
     "regression": PLAIN | {"loss": "regression"},
 }
 
-AS_PUBLISHED = {"retrieval": "image", "k": 50, "views": 1, "smoothing": 0.0}
-BETTER = {"retrieval": "both", "k": 50, "views": 8, "smoothing": 0.5}
+AS_PUBLISHED = {"retrieval": "image", "k": 50, "centre": False, "views": 1, "smoothing": 0.0}
+BETTER = {"retrieval": "both", "k": 50, "centre": True, "views": 8, "smoothing": 0.5}
 
 PREDICTION = {
     "heclip": BETTER,

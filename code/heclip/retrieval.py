@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
+FEW = 20  # patches; see `centre`
+
 
 def retrieve(query, reference, k=50, block=4096):
     """The k reference embeddings most similar to each query embedding, by cosine. Exact.
@@ -42,6 +44,18 @@ def retrieve(query, reference, k=50, block=4096):
         indices.append(index)
         similarities.append(best)
     return torch.cat(indices).cpu().numpy(), torch.cat(similarities).cpu().numpy()
+
+
+def centre(query, sections):
+    """Embeddings less their section's mean: what its stain, its scanner or its batch does to all of them alike.
+
+    query: (n, D), the query's; sections: the reference's, a list of (N_s, D). Returns (n, D) and the list's (N, D).
+    Few patches have a mean of little worth: the reference's counts as much as that of FEW of them.
+    """
+    query, sections = torch.as_tensor(query), [torch.as_tensor(rows) for rows in sections]
+    expected = torch.cat(sections).mean(dim=0)
+    mean = (query.sum(dim=0) + FEW * expected) / (len(query) + FEW)
+    return query - mean, torch.cat([rows - rows.mean(dim=0) for rows in sections])
 
 
 def average_expression(index, expression):
