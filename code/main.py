@@ -27,6 +27,8 @@ from heclip.batches import (
     Spots,
     augment,
     encode_patches,
+    mix,
+    random_shares,
     random_stains,
     random_turns,
     split_spots,
@@ -57,6 +59,8 @@ def parse(argv=None):
                        help="standardised as the encoder was pretrained, or 0 to 255 and blue first, as published")
     flags.add_argument("--colour_jitter", type=command.not_negative, metavar="X",
                        help="random stain: each colour channel times 1 ± X, plus up to ± 80 X")
+    flags.add_argument("--mixup", type=command.not_negative, metavar="A",
+                       help="mix patches and their expression in pairs, in shares drawn from Beta(A, A); 0: none")
     flags.add_argument("--schedule", choices=["cosine", "constant"],
                        help="cosine: the learning rate warms up over a twentieth of the steps and falls to zero")
     flags.add_argument("--lr", type=float, help="learning rate of AdamW for the heads")
@@ -187,9 +191,12 @@ def main(argv=None):
             patches = augment(patches, random_turns(batch_size, generator)[rank::world])
             if args.colour_jitter:
                 patches = stain(patches, random_stains(batch_size, generator)[rank::world], args.colour_jitter)
+            truth = spots.expression[index.to(device)]  # (B / R, G)
+            if args.mixup:
+                shares = random_shares(batch_size, args.mixup, generator)[rank::world]
+                patches, truth = mix(patches, shares), mix(truth, shares)
             pixels = to_pixels(patches, config)  # (B / R, 3, S, S)
             with command.autocast(device):
-                truth = spots.expression[index.to(device)]  # (B / R, G)
                 image, expression, predicted = model(pixels, truth)  # (B / R, D), (B / R, D), (B / R, G)
             loss = loss_of(parallel.gather(image.float()), parallel.gather(expression.float()), network.temperature)
             if args.expression_loss:

@@ -17,6 +17,8 @@ from heclip.batches import (
     Spots,
     augment,
     encode_patches,
+    mix,
+    random_shares,
     random_stains,
     random_turns,
     split_spots,
@@ -368,6 +370,31 @@ def test_patches_are_resized_as_pillow_resizes_them():
 
 
 # ------------------------------------------------------------------------------ stain, blue first, several views
+
+
+def test_mixing_is_the_weighted_mean_with_the_row_half_a_batch_further():
+    rows, shares = torch.tensor([[0.0, 8], [4, 0], [2, 2], [8, 4]]), torch.tensor([1.0, 0.5, 0.25, 0])
+    assert mix(rows, shares).tolist() == [[0, 8], [6, 2], [0.5, 6.5], [4, 0]]
+    patches = torch.randint(0, 256, (4, 3, 3, 3), dtype=torch.uint8)
+    torch.testing.assert_close(mix(patches, shares)[1], (patches[1].float() + patches[3]) / 2)
+
+
+@pytest.mark.parametrize("n", [8, 12])
+def test_two_processes_mix_the_pairs_that_one_would(n):
+    rows, shares = torch.rand(n, 5), torch.rand(n)
+    whole = mix(rows, shares)
+    for rank in range(2):
+        torch.testing.assert_close(mix(rows[rank::2], shares[rank::2]), whole[rank::2])
+
+
+def test_random_shares_follow_the_beta_distribution_and_come_from_the_generator():
+    drawn = random_shares(20_000, 0.4, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.float32
+    assert 0 <= drawn.min() < 1e-3
+    assert 1 - 1e-3 < drawn.max() <= 1
+    assert drawn.mean() == pytest.approx(0.5, abs=0.01)
+    assert drawn.var() == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.02)
+    assert torch.equal(drawn, random_shares(20_000, 0.4, torch.Generator().manual_seed(0)))
 
 
 def test_random_stains_fill_their_range_and_come_from_the_generator():

@@ -198,7 +198,8 @@ def test_the_other_panel_and_protocol_run_too(trained, tmp_path, panel_type, pro
 
 
 def test_training_improves_on_the_first_epoch(trained, tmp_path):
-    main.main(["--dataset", "small", "--save_path", str(tmp_path), *TRAIN, "--max_epochs", "8"])
+    main.main(["--dataset", "small", "--save_path", str(tmp_path), *TRAIN, "--max_epochs", "8",
+               "--mixup", "0"])  # mixed patches are too hard for so small an encoder to show much of it
     losses = pd.read_csv(tmp_path / "small" / "heg_losses.csv")
     assert losses["train_loss"].iloc[-1] < 0.9 * losses["train_loss"].iloc[0]
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
+from scipy.special import betaincinv
 
 from .command import autocast
 
@@ -147,6 +148,24 @@ def stain(patches, stains, strength):
     """
     gain, offset = stains.to(patches.device, non_blocking=True).transpose(0, 1)[:, :, None, None]  # (B, 1, 1, 3) each
     return (patches * (1 + strength * gain) + 80 * strength * offset).clamp(0, 255)
+
+
+def random_shares(n, strength, generator):
+    """For each of n patches, its own share in what it is mixed into: Beta(strength, strength), float32 (n,) on the CPU.
+
+    Small strengths leave most pairs almost unmixed.
+    """
+    uniform = torch.rand(n, generator=generator, dtype=torch.float64)
+    return torch.from_numpy(betaincinv(strength, strength, uniform.numpy())).float()
+
+
+def mix(rows, shares):
+    """Mixup (Zhang et al., ICLR 2018): each of B rows times its share, and for the rest the row half a batch further.
+
+    Between two patches, half of each, lies half of each one's expression: rows are either, (B, ...).
+    """
+    shares = shares.to(rows.device, non_blocking=True).view(-1, *[1] * (rows.ndim - 1))
+    return shares * rows + (1 - shares) * rows.roll(len(rows) // 2, 0)
 
 
 def to_pixels(patches, config):

@@ -11,12 +11,13 @@ OURS = {
     "expression_loss": 30.0,
     "pixels": "standardised",
     "colour_jitter": 0.1,
+    "mixup": 0.4,
     "schedule": "cosine",
     "lr": 1e-3,
     "encoder_lr": None,  # as the heads'
     "wd": 1e-3,
 }
-PLAIN = OURS | {"expression_loss": 0.0}
+PLAIN = OURS | {"expression_loss": 0.0, "mixup": 0.0}
 PUBLISHED = PLAIN | {"temperature": 1.0, "pixels": "raw_bgr", "colour_jitter": 0.0, "schedule": "constant"}
 
 TRAINING = {
@@ -43,4 +44,4 @@ PREDICTION = {
 
 # What --freeze changes of any recipe, and of main.py's 15 epochs: they take a moment each, colours cannot vary, and a
 # second loss has no encoder to teach.
-FROZEN = {"colour_jitter": 0.0, "expression_loss": 0.0, "max_epochs": 40}
+FROZEN = {"colour_jitter": 0.0, "mixup": 0.0, "expression_loss": 0.0, "max_epochs": 40}
