@@ -198,7 +198,8 @@ def given_spots(positions):
 def retrieve_expression(embeddings, reference, expression, k, centred):
     """Each patch's prediction: the mean expression of the k reference spots nearest by each kind of embedding.
 
-    embeddings: image embeddings (n, D); reference: for each kind, a list of the sections' (N_s, D); expression (N, G).
+    embeddings: image embeddings (n, D); reference: for each kind, a list of the sections' (N_s, D); expression (N, G);
+    centred: whether sections are centred first (`retrieval.centre`).
     Returns (predicted float32 (n, G), rows of the reference (n, K), their cosine similarities (n, K)).
     """
     found = [retrieve(*centre(embeddings, sections), k) if centred else retrieve(embeddings, torch.cat(sections), k)

@@ -6,6 +6,7 @@ are decoded whole. Patches that HEST has cut are taken from its files.
 """
 
 import math
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .dataset import first_line
 from .files import InputError
 
 BAND = 512  # rows read at a time, at least
+LIMIT = threading.Lock()  # Pillow's limit of pixels is one for all threads
 THUMBNAIL = 1500  # px, the longest edge of the picture kept beside the expression
 
 
@@ -162,22 +164,23 @@ class ChannelsLast:
 
 def picture(path, file):
     """A Slide over a JPEG or PNG, decoded whole: these formats hold at most some hundred megapixels."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # slides are larger than any web picture
-    try:
-        with Image.open(file) as image:
-            if image.mode in ("P", "PA") or image.mode.startswith("LA"):
-                image = image.convert("RGBA")
-            elif image.mode not in ("L", "RGB", "RGBA"):
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a channel")
-                image = image.convert("RGB")
-            return Slide(path, np.asarray(image))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except Exception as error:
-        raise unreadable(path, error) from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # slides are larger than any web picture
+        try:
+            with Image.open(file) as image:
+                if image.mode in ("P", "PA") or image.mode.startswith("LA"):
+                    image = image.convert("RGBA")
+                elif image.mode not in ("L", "RGB", "RGBA"):
+                    if image.mode.startswith(("I", "F")):
+                        raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a channel")
+                    image = image.convert("RGB")
+                return Slide(path, np.asarray(image))
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing") from None
+        except Exception as error:
+            raise unreadable(path, error) from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def crop_patches(slide, xy, size, path, patch_px=None):
@@ -226,7 +229,7 @@ def crop_patches(slide, xy, size, path, patch_px=None):
 
 
 def reduce(band, shrink):
-    """The mean colour of every shrink x shrink pixels; columns that fill no such square are left out."""
+    """The mean colour of every shrink x shrink pixels: uint8 (h, w, 3) -> (h / shrink, w // shrink, 3)."""
     reduced = Image.fromarray(band).reduce(shrink)  # of whole rows, which Pillow takes as they are
     return np.asarray(reduced)[:, :band.shape[1] // shrink]
 
