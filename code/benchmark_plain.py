@@ -12,16 +12,22 @@ import scanpy
 import scipy.io
 import tifffile
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import entropy, pearsonr
 from torchvision.transforms import functional
 
 from heclip import metrics, sources
 from heclip.dataset import Processed
+from heclip.files import sha256
+from heclip.slide import THUMBNAIL
 
 
 def preprocess(size, dataset, folder):
-    """All sections in memory at once: whole slides, dense expression; the same products."""
+    """All sections in memory at once: whole slides, dense expression.
+
+    The same products: expression, gene statistics, patches, a digest of each raw file, a picture to check by eye.
+    """
     raw, sections = dataset.raw, {}
     for section in dataset.sections:
         counts = scipy.io.mmread(raw / f"{section.name}.matrix.mtx.gz").toarray().T.astype(np.float32)
@@ -35,7 +41,24 @@ def preprocess(size, dataset, folder):
         np.save(folder / f"{name}.expression.npy", section["expression"])
         patches = [crop(section, barcode, size) for barcode in section["barcodes"]]
         np.save(folder / f"{name}.patches.npy", np.stack(patches))
+        picture(section, folder / f"{name}.jpg")
+        section["sha256"] = {path.name: sha256(path) for path in raw.glob(f"{name}.*")}
     return sections
+
+
+def picture(section, path):
+    """The slide, and beside it the slide with its spots."""
+    thumbnail = Image.fromarray(section["image"][..., :3])
+    scale = THUMBNAIL / max(thumbnail.size)
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    figure = Figure(figsize=(10, 5))
+    bare, circled = figure.subplots(1, 2)
+    for axes in (bare, circled):
+        axes.imshow(thumbnail)
+        axes.axis("off")
+    x, y = (section["positions"][f"pxl_{axis}_in_fullres"] * scale for axis in ("col", "row"))
+    circled.scatter(x, y, s=4, facecolors="none", edgecolors="black", linewidths=0.6)
+    figure.savefig(path, dpi=200)
 
 
 def open_slide(raw, section):
