@@ -47,16 +47,15 @@ def preprocess(size, dataset, folder):
 
 
 def picture(section, path):
-    """The slide, and beside it the slide with its spots."""
-    thumbnail = Image.fromarray(section["image"][..., :3])
-    scale = THUMBNAIL / max(thumbnail.size)
-    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    """Draw the slide, uint8 (H, W, 4), beside the slide with its spots, from a thumbnail as large as ours."""
+    shrink = -(-max(section["image"].shape) // THUMBNAIL)
+    thumbnail = Image.fromarray(section["image"]).reduce(shrink).convert("RGB")
     figure = Figure(figsize=(10, 5))
     bare, circled = figure.subplots(1, 2)
     for axes in (bare, circled):
         axes.imshow(thumbnail)
         axes.axis("off")
-    x, y = (section["positions"][f"pxl_{axis}_in_fullres"] * scale for axis in ("col", "row"))
+    x, y = (section["positions"][f"pxl_{axis}_in_fullres"] / shrink for axis in ("col", "row"))
     circled.scatter(x, y, s=4, facecolors="none", edgecolors="black", linewidths=0.6)
     figure.savefig(path, dpi=200)
 
