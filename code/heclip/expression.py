@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import scanpy
+import scipy.sparse
 
 from .files import InputError
 
@@ -13,7 +14,8 @@ def log_normalise(adata):
     Modifies adata: X becomes CSR float32 (n_spots, n_genes), in natural-log units. A spot without counts stays zero,
     and does not lower the median.
     """
-    adata.layers["counts"], adata.X = adata.X, adata.X.astype(np.float32)
+    counts = adata.layers["counts"] = adata.X
+    adata.X = scipy.sparse.csr_matrix((counts.data.astype(np.float32), counts.indices, counts.indptr), counts.shape)
     total = np.asarray(adata.X.sum(axis=1)).ravel()
     # Left to itself, scanpy counts the empty spots too in some versions, and not in others.
     scanpy.pp.normalize_total(adata, target_sum=np.median(total[total > 0]))

@@ -1,7 +1,7 @@
 """Slides: open one without decoding it, and crop the patches in one pass over its rows. The only pixel code.
 
 A slide is read in bands of whole rows, from top to bottom, so every strip or tile is decoded once and memory does
-not grow with the slide: a band is about 512 rows, unless one strip or tile of the file is taller. JPEG and PNG files
+not grow with the slide: a band is about 128 rows, unless one strip or tile of the file is taller. JPEG and PNG files
 are decoded whole. Patches that HEST has cut are taken from its files.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 from .dataset import first_line
 from .files import InputError
 
-BAND = 512  # rows read at a time, at least
+BAND = 128  # rows read at a time, at least: more would leave the processor's cache
 LIMIT = threading.Lock()  # Pillow's limit of pixels is one for all threads
 THUMBNAIL = 1500  # px, the longest edge of the picture kept beside the expression
 

@@ -84,16 +84,6 @@ def read_counts(path):
         adata = read_h5ad(path)
     else:
         raise InputError(f"{path}: not a count matrix of a known kind (…matrix.mtx, ….h5, ….h5ad or ….tsv, .gz or not)")
-    counts = adata.X.data
-    whole = np.issubdtype(counts.dtype, np.integer)  # most are, and need no further look
-    if not whole and np.isnan(counts).any():
-        raise InputError(f"{path}: some of its values are empty. Download it again")
-    if counts.size and (counts.min() < 0 or counts.max() > np.iinfo(np.int32).max
-                        or not (whole or (counts == np.rint(counts)).all())):
-        where = ', in layers["counts"] or X' if name.endswith(".h5ad") else ""
-        raise InputError(f"{path}: holds values that are not counts (whole numbers from 0). Give the raw counts{where}"
-                         ", not normalised expression")
-    adata.X = adata.X.astype(np.int32)
     return adata
 
 
@@ -260,7 +250,10 @@ def read_genes(path):
 
 def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
     """AnnData from a spots x genes matrix and its names, gene-expression features only."""
-    matrix = scipy.sparse.csr_matrix(matrix)
+    if not scipy.sparse.issparse(matrix):
+        matrix = scipy.sparse.csr_matrix(matrix)
+    matrix.data = whole_counts(path, matrix.data)  # the smaller values first, that fewer are copied
+    matrix = matrix.tocsr()
     obs = pd.DataFrame(index=pd.Index(barcodes, name="barcode"))
     var = gene_table(gene_ids, symbols, kinds)
     if kinds is not None and (kinds != "Gene Expression").any():
@@ -274,6 +267,19 @@ def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
             raise InputError(f"{path}: {what} {twice} occurs more than once; each must be unique. "
                              "Download the matrix again or mend its table")
     return anndata.AnnData(matrix, obs=obs, var=var)
+
+
+def whole_counts(path, values):
+    """Values of a count matrix as int32. Raises InputError where one is not a count."""
+    whole = np.issubdtype(values.dtype, np.integer)  # most are, and need no further look
+    if not whole and np.isnan(values).any():
+        raise InputError(f"{path}: some of its values are empty. Download it again")
+    if values.size and (values.min() < 0 or values.max() > np.iinfo(np.int32).max
+                        or not (whole or (values == np.rint(values)).all())):
+        where = ', in layers["counts"] or X' if path.suffix == ".h5ad" else ""
+        raise InputError(f"{path}: holds values that are not counts (whole numbers from 0). Give the raw counts{where}"
+                         ", not normalised expression")
+    return values.astype(np.int32, copy=False)
 
 
 def gene_table(gene_ids, symbols, kinds=None):
