@@ -11,7 +11,8 @@ from .files import InputError
 def log_normalise(adata):
     """Scale each spot to the section's median count, then log(1 + x): once. Counts are kept in layers["counts"].
 
-    Modifies adata: X becomes CSR float32 (n_spots, n_genes), in natural-log units. A spot without counts stays zero,
+    Modifies adata: X becomes CSR float32 (n_spots, n_genes), in natural-log units; in memory it shares its indices
+    with the counts, so change neither's sparsity in place. A spot without counts stays zero,
     and does not lower the median.
     """
     counts = adata.layers["counts"] = adata.X

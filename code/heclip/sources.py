@@ -75,16 +75,14 @@ def read_counts(path):
     path = Path(path)
     name = path.name.removesuffix(".gz")
     if name.endswith("matrix.mtx"):
-        adata = read_mtx(path)
-    elif name.endswith(".h5"):
-        adata = read_h5(path)
-    elif name.endswith(".tsv"):
-        adata = read_st_table(path)
-    elif name.endswith(".h5ad"):
-        adata = read_h5ad(path)
-    else:
-        raise InputError(f"{path}: not a count matrix of a known kind (…matrix.mtx, ….h5, ….h5ad or ….tsv, .gz or not)")
-    return adata
+        return read_mtx(path)
+    if name.endswith(".h5"):
+        return read_h5(path)
+    if name.endswith(".tsv"):
+        return read_st_table(path)
+    if name.endswith(".h5ad"):
+        return read_h5ad(path)
+    raise InputError(f"{path}: not a count matrix of a known kind (…matrix.mtx, ….h5, ….h5ad or ….tsv, .gz or not)")
 
 
 def files_of(path):
@@ -249,7 +247,10 @@ def read_genes(path):
 
 
 def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
-    """AnnData from a spots x genes matrix and its names, gene-expression features only."""
+    """AnnData (X: CSR int32) from a spots x genes matrix of counts and its names, gene-expression features only.
+
+    Raises InputError for values that are not counts, for repeated names, and where nothing is left.
+    """
     if not scipy.sparse.issparse(matrix):
         matrix = scipy.sparse.csr_matrix(matrix)
     matrix.data = whole_counts(path, matrix.data)  # the smaller values first, that fewer are copied
