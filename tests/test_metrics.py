@@ -9,6 +9,7 @@ import scanpy
 import scipy.sparse
 import scipy.stats
 
+from heclip import metrics
 from heclip.metrics import (
     HIT_AT,
     TOP_GENES,
@@ -292,6 +293,16 @@ def test_the_summary_holds_every_published_score_and_counts_undefined_genes():
     assert summary["undefined genes"] == 7
     assert summary.keys() == {*expected, "undefined genes",
                               *(f"{label}-{n}" for label in ("HEG", "HVG") for n in TOP_GENES)}
+
+
+def test_scoring_by_blocks_of_genes_keeps_every_gene_in_its_place(monkeypatch):
+    prediction, truth = expression_pair()
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    assert truth.shape[1] > 2 * 7  # and the last block is not whole
+    assert truth.shape[1] % 7
+    per_gene, _ = score(prediction, truth, truth)
+    for name, one in (("Pearson", slow_pearson), ("SSIM", slow_ssim), ("RMSE", slow_rmse), ("JS", slow_js)):
+        np.testing.assert_allclose(per_gene[name], gene_by_gene(one, prediction, truth), atol=1e-10)
 
 
 def test_the_mean_over_genes_is_nan_only_where_no_gene_is_defined():
