@@ -31,7 +31,8 @@ def test_every_stage_is_measured_and_agrees_with_its_plain_way(tmp_path, capsys)
 
 
 def test_the_command_prints_and_saves_a_table(project, tmp_path):
-    command = [sys.executable, project / "code" / "benchmark.py", *SMALL, "--stages", "retrieval", "scoring", "--rounds", "2"]
+    command = [sys.executable, project / "code" / "benchmark.py", *SMALL, "--stages", "retrieval", "scoring",
+               "--rounds", "2"]
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"HECLIP_ROOT": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     machine, *_ = (tmp_path / "save" / "benchmark.csv").read_text().splitlines()
