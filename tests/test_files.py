@@ -1,6 +1,9 @@
 """files.py: a file appears whole or not at all."""
 
 import hashlib
+import subprocess
+import sys
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -98,3 +101,21 @@ def test_a_written_h5ad_reads_back_as_it_was(tmp_path):
     entry = two.uns["spatial"]["C73_A1"]
     assert entry["images"]["hires"].shape == (2, 3, 3)
     assert entry["metadata"]["mpp"] == 0.3
+
+
+def test_an_h5ad_on_a_full_disk_raises_the_first_error(tmp_path):
+    code = """
+import resource, sys, anndata, numpy
+from heclip.files import write_h5ad
+one = anndata.AnnData(numpy.ones((300, 200), numpy.float32))
+for limit in (0, 100, 5000, 200_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        write_h5ad(one, sys.argv[1])
+    except OSError as error:
+        print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.h5ad"], cwd=Path(__file__).parent.parent / "code",
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == 4 * "File too large\n"  # EFBIG, as of any file beyond its limit

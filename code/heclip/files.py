@@ -30,15 +30,39 @@ def atomic_path(path):
 
 
 def write_h5ad(adata, path):
-    """Write an AnnData as h5ad. It is composed in memory first: on a full disk HDF5 itself crashes the process."""
+    """Write an AnnData as h5ad. Raises OSError on a full disk."""
     import anndata
     import h5py
 
-    content = io.BytesIO()
-    with h5py.File(content, "w") as file:
-        anndata.io.write_elem(file, "/", adata)
-    with open(path, "wb") as file:
-        file.write(content.getbuffer())
+    with FileForHDF5(path, "w+") as file:
+        try:
+            with h5py.File(file, "w") as content:
+                anndata.io.write_elem(content, "/", adata)
+        finally:
+            if file.error:
+                raise file.error
+
+
+class FileForHDF5(io.FileIO):
+    """A file whose writes never fail, for a library that crashes the process when one does; see `error` afterwards."""
+
+    error = None  # the first; nothing is written after it
+
+    def write(self, block):
+        rest = memoryview(block)
+        try:
+            while not self.error and len(rest):
+                rest = rest[super().write(rest):]
+        except OSError as error:
+            self.error = error
+        return len(block)
+
+    def truncate(self, size):
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
 
 
 def sha256(path):
