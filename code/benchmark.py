@@ -95,7 +95,6 @@ def main(argv=None):
     print(machine, flush=True)
     with tempfile.TemporaryDirectory(prefix="heclip-benchmark-") as folder:
         def job(stage, way):
-            os.sync()  # so that no measurement shares the disk with what was written before
             subprocess.run([sys.executable, __file__, *argv, "--job", stage, way, folder], check=True,
                            env=os.environ | {"HECLIP_ROOT": folder})
             return json.loads(Path(folder, f"{stage} {way}.json").read_text())
@@ -155,6 +154,7 @@ def measure(work, repeat=1):
 
     repeat: how often work of less than a second is done.
     """
+    os.sync()  # so that no measurement shares the disk with what was written or removed before
     before, mapped, seconds, gpu = memory("VmRSS"), memory("RssFile"), [], torch.cuda.is_available()
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
