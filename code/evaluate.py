@@ -22,6 +22,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import torch
+from heclip.recipes import PREDICTION
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
@@ -43,7 +44,6 @@ from heclip.metrics import (
     score_further,
 )
 from heclip.model import HECLIP, configure, load_encoder_weights
-from heclip.recipes import PREDICTION
 from heclip.retrieval import average_expression, random_spots, retrieve
 
 # Trained methods: flags of main.py, then flags of infer.py that differ from the recipe's own.

@@ -2,321 +2,470 @@
 
     python code/infer.py --dataset GSE240429 --type heg
 
-reads GSE/<dataset>/processed and the checkpoint that main.py wrote (--checkpoint takes another, of HECLIP's authors
-too); embeds every section into ebd/; retrieves for each query patch its nearest reference spots; and writes
-<type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json to save/<dataset>/ and maps, UMAPs and calibration to
-figure/. With --image it predicts a slide that has no expression instead.
+reads GSE/<dataset>/processed and the model that main.py wrote, or --checkpoint (one of HECLIP's authors
+too). It embeds every section into ebd/, retrieves for each query patch its nearest reference spots, and
+writes <type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json to save/<dataset>/, and maps, UMAPs
+and calibration to figure/. With --image it predicts a slide that has no expression instead.
 """
 
 import argparse
-import json
 from pathlib import Path
+
+from heclip import command
+from heclip.files import InputError, first_line
+from heclip.settings import PREDICTING, SWITCH, add_predicting_flags, predicting
+
+RANDOM_SEED = 42
+MAPPED_GENES = 6  # of a slide, where the dataset names no markers
+MODEL = {"dataset": "GSE240429", "type": "heg", "protocol": "strict"}  # if no flag says otherwise
+OF_A_SECTION = ("query", "seed", "panel_file", "ebd_only", "from_ebd", "untrained")
+OF_A_SLIDE = ("mpp", "pitch", "positions", "spatialdata", "name")
+
+
+def parse(argv=None):
+    flags = argparse.ArgumentParser(
+        description="Predict the query section's expression from its image, and score it.")
+    model = flags.add_argument_group("the model")
+    model.add_argument("--dataset", help=f"its dataset (default: {MODEL['dataset']})")
+    model.add_argument("--type", choices=["heg", "hvg"], help=f"(default: {MODEL['type']})")
+    model.add_argument("--protocol", choices=["strict", "paper"],
+                       help=f"(default: {MODEL['protocol']})")
+    model.add_argument("--checkpoint", metavar="FILE",
+                       help="the model, wherever it is, instead of the three flags above; a "
+                            "<type>_best.pt of the published code too, on the data of --dataset")
+    model.add_argument("--panel_file", metavar="CSV",
+                       help="the genes of a published model in its order, ids in the first column; "
+                            "default: the dataset's panel")
+    how = flags.add_argument_group("how it predicts; each default is that of the model's recipe")
+    how.add_argument("--recipe", choices=list(PREDICTING),
+                     help="sets the flags from --retrieval to --smoothing")
+    add_predicting_flags(how)
+    run = flags.add_argument_group("the run")
+    run.add_argument("--query", metavar="SECTION",
+                     help="the section to predict; default: the one that the model has not seen")
+    part = run.add_mutually_exclusive_group()
+    part.add_argument("--ebd_only", action="store_true", help="write the embeddings and stop")
+    part.add_argument("--from_ebd", action="store_true",
+                      help="start from saved embeddings; needs no model and no GPU")
+    run.add_argument("--untrained", action="store_true",
+                     help="score the model as it was before training too: what training has added")
+    run.add_argument("--no-figures", dest="figures", action="store_false", help="scores only")
+    run.add_argument("--overwrite", action="store_true",
+                     help="replace the prediction of another section, slide or model")
+    run.add_argument("--save_path", metavar="DIR", help=command.SAVE_PATH_HELP)
+    run.add_argument("--batch_size", type=command.positive, default=128, help="patches at a time")
+    run.add_argument("--device", default="auto", help=command.DEVICE_HELP)
+    run.add_argument("--compile", action=SWITCH, default=False,
+                     help="compile the encoder: about a minute at first, then faster")
+    run.add_argument("--seed", type=command.seed, help="of the random spots (default: 42)")
+    slide = flags.add_argument_group("a slide without expression")
+    slide.add_argument("--image", metavar="FILE",
+                       help="predict this slide instead: .svs, .ndpi, .mrxs, .tif, .jpg ...")
+    slide.add_argument("--mpp", type=float, metavar="UM",
+                       help="µm per full-resolution pixel, over what the file says")
+    slide.add_argument("--pitch", type=float, metavar="UM",
+                       help="distance of neighbouring spots, if not the reference's")
+    slide.add_argument("--positions", metavar="FILE",
+                       help="spots in full-resolution pixels, as a position file, instead of a "
+                            "lattice over the tissue")
+    slide.add_argument("--name", help="of the slide in the results; default: the stem of its file")
+    slide.add_argument("--spatialdata", metavar="DIR",
+                       help="write the prediction as SpatialData too; needs the package spatialdata")
+    args = flags.parse_args(argv)
+    given = {flag for flag, value in vars(args).items() if value is not None and value is not False}
+    if args.image and (useless := given & set(OF_A_SECTION)):
+        flags.error(f"--image goes with none of --{', --'.join(OF_A_SECTION)}; leave out "
+                    f"--{', --'.join(sorted(useless))}")
+    if not args.image and (useless := given & set(OF_A_SLIDE)):
+        flags.error(f"--{', --'.join(sorted(useless))} goes with --image")
+    if args.from_ebd and (useless := given & {"checkpoint", "untrained", "panel_file", "compile"}):
+        flags.error(f"--from_ebd starts from embeddings and reads no model: leave out "
+                    f"--{', --'.join(sorted(useless))}")
+    return args
+
+
+if __name__ == "__main__":
+    command.run(parse)  # a wrong flag is answered here: the imports below take seconds
+
+import json
+import sys
+import warnings
+from dataclasses import asdict, dataclass, replace
 
 import anndata
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from heclip import command, figures
-from heclip.batches import Patches, encode_patches
-from heclip.checkpoint import check_fits, load_checkpoint
-from heclip.dataset import Processed, Run, first_line, run_name
-from heclip.features import features_of, kept
-from heclip.files import InputError, atomic_path, write_h5ad
+from heclip import api, figures
+from heclip.checkpoint import Trained, changes, from_facts, load_checkpoint
+from heclip.dataset import Processed, Run
+from heclip.files import atomic_path, write_h5ad
 from heclip.metrics import mean_defined, score, score_further
 from heclip.model import HECLIP, load_encoder_weights
-from heclip.prediction import predict_slide_command
-from heclip.recipes import PREDICTION
-from heclip.retrieval import average_expression, centre, random_spots, retrieve, smooth, spread
+from heclip.panel import given_panel, run_name
+from heclip.prediction import (
+    embed_sections,
+    predict,
+    read_embeddings,
+    reference_of,
+    save_embeddings,
+)
+from heclip.retrieval import average_expression, random_spots, smooth
+from heclip.settings import Predicting
 
 
-def parse(argv=None):
-    flags = command.parser("Predict the query section's expression from its image, and score it.")
-    flags.add_argument("--recipe", choices=list(PREDICTION),
-                       help="sets the flags from --retrieval to --smoothing; default: the one the model was trained by")
-    flags.add_argument("--retrieval", choices=["gene", "image", "both"],
-                       help="which embeddings of the reference the prediction is retrieved by; all three are scored")
-    flags.add_argument("--k", type=command.positive,
-                       help="reference spots averaged for each query spot; with both, K of each")
-    flags.add_argument("--centre", action=argparse.BooleanOptionalAction,
-                       help="compare embeddings less the mean of their section, which its stain and batch move")
-    flags.add_argument("--views", type=int, choices=[1, 2, 4, 8],
-                       help="symmetries of each patch whose embeddings are averaged")
-    flags.add_argument("--smoothing", type=command.not_negative, metavar="PITCHES",
-                       help="width of a Gaussian over neighbouring spots of the prediction; 0: none")
-    flags.add_argument("--checkpoint", metavar="FILE",
-                       help="the model, wherever it is; a <type>_best.pt of the published code too, which is of the "
-                            "type that it says. Default: main.py's")
-    flags.add_argument("--panel_file", metavar="CSV",
-                       help="the model's genes in its order, ids in the first column; default: the dataset's panel")
-    part = flags.add_mutually_exclusive_group()
-    part.add_argument("--ebd_only", action="store_true", help="write the embeddings and stop")
-    part.add_argument("--from_ebd", action="store_true", help="start from saved embeddings; needs no model and no GPU")
-    flags.add_argument("--untrained", action="store_true",
-                       help="score also the model as it was before training: what training has added")
-    flags.add_argument("--no-figures", dest="figures", action="store_false", help="scores only")
-    slide = flags.add_argument_group("a slide without expression")
-    slide.add_argument("--image", metavar="FILE", help="predict this slide instead: .svs, .ndpi, .mrxs, .tif, .jpg ...")
-    slide.add_argument("--mpp", type=float, metavar="UM", help="µm per full-resolution pixel, over what the file says")
-    slide.add_argument("--pitch", type=float, metavar="UM",
-                       help="distance of neighbouring spots, if not the reference's")
-    slide.add_argument("--positions", metavar="FILE", help="spots in full-resolution pixels, as a position file, "
-                                                           "instead of a lattice over the tissue")
-    slide.add_argument("--spatialdata", metavar="DIR",
-                       help="write the prediction as SpatialData too; needs the package spatialdata")
-    args = flags.parse_args(argv)
-    if args.image and (args.ebd_only or args.from_ebd or args.untrained):
-        flags.error("--image goes with none of --ebd_only, --from_ebd and --untrained")
-    if not args.image and (args.mpp or args.pitch or args.positions or args.spatialdata):
-        flags.error("--mpp, --pitch, --positions and --spatialdata go with --image")
-    return args
+@dataclass
+class Job:
+    """One section to predict: the query, from `sections`, with what was read for it.
+
+    expression, embeddings: section -> (n_spots, G), and -> {"image", "gene"} of (n_spots, D).
+    """
+
+    trained: Trained
+    processed: Processed
+    run: Run
+    how: Predicting
+    query: str
+    sections: list
+    expression: dict
+    embeddings: dict
 
 
 def main(argv=None):
     args = parse(argv)
     if args.image:
-        return predict_slide_command(args)
-    if args.from_ebd and args.checkpoint:
-        raise InputError("--checkpoint with --from_ebd: saved embeddings need no model. Leave one of them out")
-    model, facts = None, {}
-    if args.checkpoint:
-        model, facts = load_checkpoint(Path(args.checkpoint))
-        if not facts:  # of the published code, where a model's type is part of its file's name
-            args.type = model.config.kind
-    run = Run(args.dataset, run_name(args.type, args.protocol), args.save_path)
-    processed = Processed(args.dataset)
-    reference, query = processed.roles(args.query)
-    if len(query) != 1:
-        raise InputError(f"{processed.sections_path} has {len(query)} query sections; exactly one is predicted at a "
-                         "time. Name it with --query")
-    query = query[0]
-    checkpoint = Path(args.checkpoint or run.checkpoint)
-    if args.from_ebd:
-        kept = read_embeddings(run, query)
-        origin, trained_on = run.embeddings(query), list(kept["reference"])
-        recipe, regression = str(kept["recipe"]), bool(kept["regression"])
-    else:
-        if not model:
-            model, facts = load_checkpoint(checkpoint)
-        origin, trained_on = checkpoint, facts.get("reference", reference)
-        recipe = facts["arguments"]["recipe"] if facts else "published"
-        regression = model.config.kind == "regression"
-    if query in trained_on:
-        raise InputError(f"{origin} was trained on {query}, which is now the query section. Name one that was held out "
-                         "with --query, or train again")
-    reference = [section for section in reference if section in trained_on]
-    args.recipe = args.recipe or recipe
-    panel_name = run_name(args.panel or args.type, args.protocol)
-    panel = processed.panel_for(panel_name, reference)
-    if args.panel_file:
-        panel = processed.panel_from(args.panel_file, panel_name, reference[0])
-    if facts:
-        check_fits(checkpoint, facts, args.dataset, run.name, panel)
-    elif model:
-        check_fits_published(checkpoint, model, panel, args)
-        print(f"{checkpoint}: published {args.type} model of {len(panel)} genes. It does not say what it was trained "
-              f"on: whether it has seen {query}, and whether its genes are these in this order, cannot be checked")
-    for flag, value in PREDICTION[args.recipe].items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
+        return predict_slide(args)
 
-    barcodes, truth = {}, {}  # section -> (n_spots,), (n_spots, G)
-    for section in [*reference, query]:
-        adata = processed.read(section)  # all genes; the last one, the query's, is kept
-        barcodes[section] = np.array(adata.obs_names, dtype=str)
-        truth[section] = processed.expression(section, panel_name, panel, adata)
-    reference_expression = np.concatenate([truth[section] for section in reference])  # (N, G)
+    # 1. Read: the model and what it may be used on; the embeddings of the reference and the query.
+    job = read_saved(args) if args.from_ebd else read_and_embed(args)
+    if args.ebd_only:
+        return
+    spots, truth = job.processed.spots(job.query), job.expression[job.query]
+    xy = spots.obsm["spatial"]
 
-    # 1. Embed every section: image (n_spots, D) and gene (n_spots, D).
-    if args.from_ebd:
-        embeddings = {section: read_embeddings(run, section) for section in truth}
-        for section, arrays in embeddings.items():
-            check_rows(run.embeddings(section), section, arrays, barcodes[section], panel)
-    else:
-        device = command.pick_device(args.device)
-        if args.compile:
-            model.image_encoder.compile()
-        embeddings = embed(model, processed, truth, device, args, facts.get("frozen"))
-        for section, arrays in embeddings.items():
-            if "validation_pearson_per_gene" in facts:
-                arrays["expected_pearson"] = np.array(facts["validation_pearson_per_gene"])
-            with atomic_path(run.embeddings(section)) as path, open(path, "wb") as file:
-                np.savez(file, **arrays, barcode=barcodes[section], panel=np.array(panel.index, dtype=str),
-                         reference=np.array(trained_on), recipe=recipe, regression=regression)
-        print(f"embeddings in {run.embeddings(query).parent}")
-        if args.ebd_only:
-            return
-
-    # 2. Centre embeddings, retrieve the K nearest reference spots, average their expression, smooth over neighbours.
-    models = {"": embeddings}
+    # 2. Predict: retrieve the nearest reference spots, average their expression, smooth.
+    reference = reference_of(job.sections, job.expression, job.embeddings)
+    image = job.embeddings[job.query]["image"]
+    predicted = predict(image, xy, reference, job.how, job.trained.is_regression)
+    predictions = columns(job.trained, job.how, predicted)
     if args.untrained:
-        models["untrained "] = embed(untrained_model(checkpoint), processed, truth, command.pick_device(args.device),
-                                     args, facts.get("frozen"))
-    neighbours = {}  # label -> (index, similarity), (n_query, K) each
-    for label, of_model in models.items():
-        for kind in ("gene", "image"):
-            sections = [of_model[section][kind] for section in reference]  # (N_s, D) each
-            image = of_model[query]["image"]
-            image, nearest = centre(image, sections) if args.centre else (image, np.concatenate(sections))
-            neighbours[label + kind] = retrieve(image, nearest, args.k)
-    neighbours["both"] = [np.hstack(pair) for pair in zip(neighbours["gene"], neighbours["image"], strict=True)]
-    neighbours["random"] = random_spots(len(truth[query]), len(reference_expression), args.k, args.seed), None
-    xy = adata.obsm["spatial"]
-    predictions = {label: smooth(average_expression(index, reference_expression), xy, args.smoothing)
-                   for label, (index, _) in neighbours.items()}  # (n_query, G) each
-    index, similarity = neighbours[args.retrieval]
-    if regression:  # the image's embedding is its predicted expression
-        predictions = {f"{label}regression": smooth(of_model[query]["image"], xy, args.smoothing)
-                       for label, of_model in models.items()} | {"random": predictions["random"]}
-        args.retrieval = "regression"
-    prediction = predictions[args.retrieval]
+        predictions |= predict_untrained(args, job, xy)
+    seed = RANDOM_SEED if args.seed is None else args.seed
+    index = random_spots(len(truth), len(reference.expression), job.how.k, seed)
+    chance = average_expression(index, reference.expression)
+    predictions["random"] = smooth(chance, xy, job.how.smoothing)
 
-    # 3. Score, beside what chance gives.
-    ranked_on = truth[query] if args.protocol == "paper" else reference_expression
-    summaries = {}
-    for label, predicted in predictions.items():
-        per_gene, summaries[label] = score(predicted, truth[query], ranked_on)
-        summaries[label] |= score_further(predicted, truth[query], adata.obs, xy)
-        if panel["marker"].any():
-            summaries[label]["markers"] = mean_defined(per_gene["Pearson"][panel["marker"].to_numpy()])
-        if label == args.retrieval:
-            genes = pd.DataFrame(per_gene, index=panel.index)
-    if "expected_pearson" in embeddings[query]:
-        genes["expected_pearson"] = embeddings[query]["expected_pearson"]
+    # 3. Score, next to what chance gives.
+    summaries, genes = score_all(job, predictions, spots, reference.expression)
 
-    certainty = {"similarity": similarity.mean(axis=1), "spread": spread(index, reference_expression)}
-    write_results(run, args, adata, query, panel, prediction, truth[query], certainty, genes, summaries, reference)
-    print_scores(args, query, reference, panel, summaries)
+    # 4. Write.
+    result = as_anndata(job, spots, predicted, reference, genes)
+    write_results(job, result, genes, summaries)
+    print_scores(job, summaries)
+
+    # 5. Draw.
     if args.figures:
-        draw(run, args, panel, genes, embeddings, query, reference, prediction, truth[query])
+        draw(job, result, genes, reference)
 
 
-def embed(model, processed, truth, device, args, frozen=None):
-    """Image and gene embeddings of every section: section -> {"image", "gene"}, float32 (n_spots, D), rows as in truth.
-
-    Nothing is random: the same input gives the same embedding. frozen: of the checkpoint's facts, if the encoder was
-    not trained. Its features are read where they are kept, and made to be kept where all views of them are wanted.
-    """
-    model.to(device, memory_format=torch.channels_last)
-    embeddings = {}
-    for section, expression in tqdm(truth.items(), desc="embed", unit="section", leave=False, disable=None):
-        patches = None
-        if frozen and args.views == 8:
-            patches = features_of(processed, section, model, frozen["weights"], device, args.batch_size)
-        elif frozen:
-            patches = kept(processed, section, model.config, frozen["weights"])
-        if patches is None:
-            patches = processed.patches(section)
-        image = encode_patches(model, Patches([patches], device), torch.arange(len(expression)), args.batch_size,
-                               args.views)
-        with torch.inference_mode():
-            gene = model.encode_expression(torch.from_numpy(expression).to(device))
-        embeddings[section] = {"image": image.cpu().numpy(), "gene": gene.cpu().numpy()}
-    return embeddings
+# ----------------------------------------------------------------------------------------- 1. read
 
 
-def check_fits_published(path, model, panel, args):
-    """Raise InputError unless a checkpoint of the published code can be used on this panel."""
-    if args.untrained:
-        raise InputError(f"--untrained: {path} does not say how its training began. Leave the flag out")
-    if len(panel) != model.config.n_genes:
-        raise InputError(f"{path} is a {model.config.kind} model of {model.config.n_genes} genes, but the panel has "
-                         f"{len(panel)}. Give its own genes, in its order, with --panel_file CSV")
+def read_and_embed(args):
+    """A Job from the model: every section is embedded, and its embeddings are kept in ebd/."""
+    trained = read_model(args)
+    processed = Processed(trained.settings.dataset)
+    run = Run(processed.dataset, trained.name, args.save_path)
+    sections, query = choose_sections(processed, trained, args.query)
+    trained.check(processed, query)
+    if trained.panel is None:
+        trained = with_panel(trained, processed, sections, args.panel_file)
+        print(f"{trained.path}: published {trained.settings.type} model of {len(trained.panel)} genes. "
+              f"It does not say what it was trained on: whether it has seen {query}, and whether its "
+              "genes are these in this order, cannot be checked")
+    check_replaceable(run.prediction, trained, query, args.overwrite)
+    how = predicting(args.recipe or trained.settings.recipe, vars(args))
+    expression = {section: processed.expression(section, trained.panel)
+                  for section in [*sections, query]}
+    device = command.pick_device(args.device)
+    if args.compile:
+        trained.network.image_encoder.compile()
+    embeddings = embed_sections(trained, processed, expression, how.views, device, args.batch_size)
+    save_embeddings(run, trained, processed, embeddings, sections, how.views)
+    print(f"embeddings in {run.embeddings(query).parent}")
+    return Job(trained, processed, run, how, query, sections, expression, embeddings)
 
 
-def untrained_model(checkpoint):
-    """The checkpoint's model as it was before its first step: pretrained encoder, heads as they were drawn."""
-    trained, facts = load_checkpoint(checkpoint)
-    torch.manual_seed(facts["arguments"]["seed"])
-    model = HECLIP(trained.config)
-    if facts.get("frozen"):
-        model.image_encoder = trained.image_encoder
-    elif facts["arguments"]["pretrained"]:
-        load_encoder_weights(model.image_encoder, facts["arguments"]["encoder"], facts["arguments"]["encoder_weights"],
-                             trained.config.encoder_args)
-    return model.eval()
+def read_saved(args):
+    """A Job from the embeddings in ebd/, without a model."""
+    asked = {flag: getattr(args, flag) or default for flag, default in MODEL.items()}
+    processed = Processed(asked["dataset"])
+    run = Run(processed.dataset, run_name(asked["type"], asked["protocol"]), args.save_path)
+    query = args.query or the_one(processed.roles()[1], processed)
+    trained, sections, embeddings, views = read_embeddings(run, processed, query, args.views)
+    trained.check(processed, query)
+    check_replaceable(run.prediction, trained, query, args.overwrite)
+    how = predicting(args.recipe or trained.settings.recipe, vars(args) | {"views": views})
+    expression = {section: processed.expression(section, trained.panel) for section in embeddings}
+    return Job(trained, processed, run, how, query, sections, expression, embeddings)
 
 
-def read_embeddings(run, section):
-    """What was saved with the embeddings of a section, and on what and by which recipe their model was trained."""
-    path = run.embeddings(section)
-    if not path.exists():
-        raise InputError(f"{path} is missing. Make it by running infer.py without --from_ebd")
+def read_model(args):
+    """The Trained that the flags ask for. A published one gets the dataset of the flags."""
+    asked = {flag: getattr(args, flag) or default for flag, default in MODEL.items()}
+    name = run_name(asked["type"], asked["protocol"])
+    path = args.checkpoint or Run(asked["dataset"], name, args.save_path).checkpoint
+    trained = load_checkpoint(path)
+    settings = trained.settings
+    if trained.reference is None:
+        if args.untrained:
+            raise InputError(f"--untrained: {path} does not say how its training began. Leave the flag "
+                             "out")
+        chosen = replace(settings, dataset=asked["dataset"], protocol=asked["protocol"])
+        return replace(trained, settings=chosen)
+    if args.panel_file:
+        raise InputError(f"--panel_file: {path} knows its genes; a list is for published checkpoints")
+    given = {flag: getattr(args, flag) if args.checkpoint else asked[flag] for flag in MODEL}
+    if any(value not in (None, getattr(settings, flag)) for flag, value in given.items()):
+        raise InputError(f"{path} was trained on {settings.dataset} {trained.name}, not on "
+                         f"{given['dataset'] or settings.dataset} "
+                         f"{run_name(given['type'] or settings.type, given['protocol'] or settings.protocol)}"
+                         ". Name its own with --dataset, --type and --protocol, or train again")
+    return trained
+
+
+def choose_sections(processed, trained, query):
+    """(reference sections, query section): those of the model, and the one that it has not seen."""
+    if trained.reference is None:
+        sections, held_out = processed.roles(query and [query])
+        return sections, the_one(held_out, processed)
+    processed.roles(query and [query])  # an unknown name is an error
+    table = processed.sections()
+    held_out = [section for section in table.index if section not in trained.reference]
+    with_role = [section for section in held_out if table.at[section, "role"] == "query"]
+    return list(trained.reference), query or the_one(with_role or held_out, processed)
+
+
+def the_one(held_out, processed):
+    """The only section of a list, or an error that asks for one."""
+    if len(held_out) != 1:
+        raise InputError(f"{processed.sections_path} has {len(held_out)} query sections; exactly one is "
+                         "predicted at a time. Name it with --query")
+    return held_out[0]
+
+
+def with_panel(trained, processed, sections, panel_file):
+    """A published model with the genes that it is taken to have. Raises InputError by their number."""
+    settings, n_genes = trained.settings, trained.network.config.n_genes
+    panel = processed.panel(settings.type, settings.protocol, sections)
+    if panel_file:
+        if settings.protocol == "paper":
+            raise InputError("--panel_file with --protocol paper: its corrected expression is that of "
+                             "its own panel. Leave one of them out")
+        panel = given_panel(panel_file, panel, processed.genes(sections[0]))
+    if len(panel) != n_genes:
+        raise InputError(f"{trained.path} is a {settings.type} model of {n_genes} genes, but the panel "
+                         f"has {len(panel)}. Give its own genes, in its order, with --panel_file CSV")
+    return replace(trained, panel=panel)
+
+
+def check_replaceable(path, trained, query, overwrite):
+    """Raise InputError if `path` holds the prediction of another query or of another model."""
+    if overwrite or not path.exists():
+        return
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
-        if absent := {"image", "gene", "barcode", "panel", "reference", "recipe", "regression"} - arrays.keys():
-            raise ValueError(f"it holds no {min(absent)}")
-        return arrays
-    except Exception as error:  # zip and numpy raise many kinds
-        raise InputError(f"{path} is damaged ({first_line(error)}). Run infer.py without --from_ebd") from None
+        about = json.loads(anndata.read_h5ad(path, backed="r").uns["heclip"])
+        changed = [] if about["query"] == query else [f"it is of {about['query']}, not of {query}"]
+        changed += changes(from_facts(about["model"]), trained)
+    except Exception as error:  # no file of ours
+        changed = [f"it was not written by infer.py, or is damaged ({first_line(error)})"]
+    if changed:
+        raise InputError(f"{path} holds another prediction: {'; '.join(changed)}. Keep both with "
+                         "--save_path DIR, or replace it with --overwrite")
 
 
-def check_rows(path, section, arrays, barcodes, panel):
-    """Raise InputError unless saved embeddings are of these spots and this panel."""
-    if not (np.array_equal(arrays["barcode"], barcodes) and np.array_equal(arrays["panel"], panel.index)):
-        raise InputError(f"{path} was made from other spots or another panel than {section} has now. "
-                         "Run infer.py without --from_ebd")
+# -------------------------------------------------------------------------------- 2. and 3. predict, score
 
 
-def write_results(run, args, section, query, panel, prediction, truth, certainty, genes, summaries, reference):
-    """The prediction as AnnData, the scores per gene by name, and the row of the results table.
+def columns(trained, how, predicted, prefix=""):
+    """The predictions to score, name -> (n, G): the one asked for, and each retrieval alone."""
+    label = "regression" if trained.is_regression else how.retrieval
+    every = {label: predicted.expression}
+    every |= {kind: alone.expression for kind, alone in (predicted.alone or {}).items()}
+    return {prefix + name: expression for name, expression in every.items()}
 
-    certainty: columns of obs. similarity: of the patch to the spots retrieved for it, their mean cosine;
-    spread: how much those spots differ, see `retrieval.spread`. var["expected_pearson"] is what the gene reached on
-    the validation spots, before the query was looked at.
+
+def predict_untrained(args, job, xy):
+    """Predictions of the model as it was before its first step, each retrieval alone."""
+    trained, device = untrained_model(job.trained), command.pick_device(args.device)
+    embeddings = embed_sections(trained, job.processed, job.expression, job.how.views, device,
+                                args.batch_size)
+    reference = reference_of(job.sections, job.expression, embeddings)
+    image = embeddings[job.query]["image"]
+    predicted = predict(image, xy, reference, job.how, trained.is_regression)
+    every = columns(trained, job.how, predicted, "untrained ")
+    every.pop("untrained both", None)
+    return every
+
+
+def untrained_model(trained):
+    """The model before its first step: the pretrained encoder, and heads as they were drawn."""
+    settings = trained.settings
+    torch.manual_seed(settings.seed)
+    network = HECLIP(trained.network.config)
+    if trained.frozen:
+        network.image_encoder = trained.network.image_encoder
+    elif settings.pretrained:
+        load_encoder_weights(network.image_encoder, settings.encoder, settings.encoder_weights,
+                             network.config.encoder_args)
+    return replace(trained, network=network.eval(), digest="")
+
+
+def score_all(job, predictions, spots, reference_expression):
+    """Scores of every prediction, and per gene of the first: (name -> score -> number, DataFrame)."""
+    panel, truth = job.trained.panel, job.expression[job.query]
+    ranked_on = truth if panel.protocol == "paper" else reference_expression
+    summaries, genes = {}, None
+    for label, expression in predictions.items():
+        per_gene, summary = score(expression, truth, ranked_on)
+        summary |= score_further(expression, truth, spots.obs, spots.obsm["spatial"])
+        if panel.is_marker.any():
+            summary["markers"] = mean_defined(per_gene["Pearson"][panel.is_marker])
+        summaries[label] = summary
+        if genes is None:
+            genes = pd.DataFrame(per_gene, index=panel.ids)
+    if job.trained.validation is not None:
+        genes["expected_pearson"] = np.array(job.trained.validation)
+    return summaries, genes
+
+
+# ---------------------------------------------------------------------------------- 4. and 5. write, draw
+
+
+def as_anndata(job, spots, predicted, reference, genes):
+    """The prediction as AnnData, spots x panel, ready for scanpy and squidpy.
+
+    X predicted and layers["true"] measured, both log-normalised. obs: what is known of each spot, and
+    how far to trust it (see `Predicted.certainty`). var: symbol, marker, the correlation that the gene
+    reached, and expected_pearson, which it reached on the validation spots before the query was looked
+    at. uns["heclip"]: JSON of the model, the query, and how it was predicted.
     """
-    adata = anndata.AnnData(prediction, obs=section.obs.assign(**certainty),
-                            var=panel[["symbol", "marker"]].join(
-                                genes[genes.columns.intersection(["Pearson", "expected_pearson"])]
-                                .rename(columns={"Pearson": "pearson"})),
-                            obsm={"spatial": section.obsm["spatial"]}, layers={"true": truth},
-                            uns={"spatial": section.uns["spatial"]})
-    with atomic_path(run.prediction) as path:
-        write_h5ad(adata, path)
-    with atomic_path(run.genes) as path:
-        panel[["symbol", "marker"]].join(genes).sort_values("Pearson", ascending=False, kind="stable").to_csv(path)
-    scores = {"dataset": args.dataset, "type": args.type, "protocol": args.protocol, "query": query,
-              "reference": reference, "n_spots": len(truth), "n_genes": len(panel),
-              **{flag: getattr(args, flag) for flag in ("recipe", *PREDICTION["heclip"])},
-              "genes_ranked_on": "query truth" if args.protocol == "paper" else "reference",
-              "scores": {label: {key: None if np.isnan(value) else value for key, value in summary.items()}
-                         for label, summary in summaries.items()}}
-    with atomic_path(run.scores) as path:
+    reached = genes[genes.columns.intersection(["Pearson", "expected_pearson"])]
+    about = {"query": job.query, "reference": job.sections, "how": asdict(job.how),
+             "unit": "log-normalised expression", "model": job.trained.facts()}
+    return anndata.AnnData(
+        predicted.expression,
+        obs=spots.obs.assign(**predicted.certainty(reference)),
+        var=job.trained.panel.genes[["symbol", "marker"]].join(
+            reached.rename(columns={"Pearson": "pearson"})),
+        obsm={"spatial": spots.obsm["spatial"]},
+        layers={"true": job.expression[job.query]},
+        uns={"spatial": spots.uns["spatial"], "heclip": json.dumps(about)})
+
+
+def write_results(job, result, genes, summaries):
+    """The prediction as h5ad, the scores per gene as CSV, and all summaries as JSON."""
+    panel, settings = job.trained.panel, job.trained.settings
+    with atomic_path(job.run.prediction) as path:
+        write_h5ad(result, path)
+    table = panel.genes[["symbol", "marker"]].join(genes)
+    with atomic_path(job.run.genes) as path:
+        table.sort_values("Pearson", ascending=False, kind="stable").to_csv(path)
+    how = asdict(job.how)
+    if job.trained.is_regression:
+        how["retrieval"] = "regression"
+    without_nan = {label: {key: None if np.isnan(value) else value for key, value in summary.items()}
+                   for label, summary in summaries.items()}
+    ranked_on = "query truth" if settings.protocol == "paper" else "reference"
+    scores = {"dataset": settings.dataset, "type": settings.type, "protocol": settings.protocol,
+              "query": job.query, "reference": job.sections, "n_spots": result.n_obs,
+              "n_genes": len(panel), "recipe": settings.recipe, **how, "genes_ranked_on": ranked_on,
+              "scores": without_nan}
+    with atomic_path(job.run.scores) as path:
         path.write_text(json.dumps(scores, indent=2) + "\n")
 
 
-def print_scores(args, query, reference, panel, summaries):
-    """The results table: a row a score, a column a way of choosing the spots; first the one that is written to disk."""
+def print_scores(job, summaries):
+    """The results table: one row per score, one column per prediction; the one on disk comes first."""
     names = {"gene": "gene retrieval", "image": "image retrieval", "both": "both retrievals",
-             "untrained gene": "untrained, gene", "untrained image": "untrained, image", "random": "random spots"}
-    order = sorted(summaries, key=lambda label: label != args.retrieval)
-    scores = pd.DataFrame({names.get(label, label): summaries[label] for label in order})
-    print(f"\n{args.dataset} {args.type}, protocol {args.protocol}: {query} predicted from {', '.join(reference)}; "
-          f"{len(panel)} genes, K = {args.k}, {args.views} views, smoothing {args.smoothing}"
-          f"{', centred' if args.centre else ''}.")
-    print("HEG-n, HVG-n: mean Pearson of the n genes highest, or most variable, in the "
-          + ("query's truth, as published." if args.protocol == "paper" else "reference."))
-    print(scores.to_string(float_format=lambda value: f"{value:.3f}" if value % 1 else f"{value:.0f}"))
+             "untrained gene": "untrained, gene", "untrained image": "untrained, image",
+             "random": "random spots"}
+    settings, how = job.trained.settings, job.how
+    scores = pd.DataFrame({names.get(label, label): summary for label, summary in summaries.items()})
+    print(f"\n{settings.dataset} {settings.type}, protocol {settings.protocol}: {job.query} predicted "
+          f"from {', '.join(job.sections)}; {len(job.trained.panel)} genes, K = {how.k}, {how.views} "
+          f"views, smoothing {how.smoothing}" + (", centred." if how.centre else "."))
+    where = "query's truth, as published." if settings.protocol == "paper" else "reference."
+    print(f"HEG-n, HVG-n: mean Pearson of the n genes highest, or most variable, in the {where}")
+    print(scores.to_string(
+        float_format=lambda value: f"{value:.3f}" if value % 1 else f"{value:.0f}"))
 
 
-def draw(run, args, panel, genes, embeddings, query, reference, prediction, truth):
-    """UMAPs of embeddings and expression under the published names, and maps of telling genes over the tissue."""
-    title = f"{args.dataset} {args.type}"
-    figures.umap_figure({"query": embeddings[query]["image"],
-                         "reference": np.concatenate([embeddings[section]["image"] for section in reference])},
-                        run.figure("EBD"), title=f"{title}: image embeddings")
-    figures.umap_figure({"true": truth, "predicted": prediction}, run.figure("EXP"), title=f"{title}: {query}")
+def draw(job, result, genes, reference):
+    """UMAPs of embeddings and expression under the published names; maps; calibration."""
+    run, settings = job.run, job.trained.settings
+    title = f"{settings.dataset} {settings.type}"
+    image = {section: of["image"] for section, of in job.embeddings.items()}
+    figures.umap_figure(
+        {"query": image[job.query],
+         "reference": np.concatenate([image[section] for section in job.sections])},
+        run.figure("EBD"), title=f"{title}: image embeddings")
+    figures.umap_figure({"true": result.layers["true"], "predicted": result.X}, run.figure("EXP"),
+                        title=f"{title}: {job.query}")
     order = genes["Pearson"].dropna().sort_values(ascending=False, kind="stable")
     if len(order):
         captions = {gene: "best" for gene in order.index[:2]} | {order.index[len(order) // 2]: "median"}
-        captions |= {gene: "marker" for gene in panel.index[panel["marker"]]}
-        figures.expression_maps(anndata.read_h5ad(run.prediction),
-                                [(gene, f"{caption} · r = {genes.loc[gene, 'Pearson']:.2f}")
-                                 for gene, caption in captions.items()], run.figure("MAP"))
-    figures.calibration_figure(anndata.read_h5ad(run.prediction), run.figure("CAL"), title=f"{title}: {query}")
+        captions |= {gene: "marker" for gene in result.var_names[result.var["marker"]]}
+        shown = [(gene, f"{caption} · r = {genes.loc[gene, 'Pearson']:.2f}")
+                 for gene, caption in captions.items()]
+        figures.expression_maps(result, shown, run.figure("MAP", suffix="png"))
+    figures.calibration_figure(result, run.figure("CAL", suffix="png"), title=f"{title}: {job.query}")
     print(f"scores in {run.scores}; figures in {run.figure('MAP').parents[1]}: MAP, CAL, EBD, EXP")
+
+
+# --------------------------------------------------------------------------- a slide without expression
+
+
+def predict_slide(args):
+    """What --image does: predict, write <name>_slide_<slide>_prediction.h5ad, and draw two figures."""
+    trained = read_model(args)
+    run = Run(trained.settings.dataset, trained.name, args.save_path)
+    name = args.name or Path(args.image).stem
+    path = run.slide_prediction(name)
+    if Path(args.image).exists():  # else it is refused where it is opened
+        check_replaceable(path, trained, api.slide_identity(args.image), args.overwrite)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        result = api.predict_with(
+            trained, args.image, args.mpp, pitch=args.pitch, positions=args.positions, run=run,
+            name=name, how=predicting(args.recipe or trained.settings.recipe, vars(args)),
+            batch_size=args.batch_size, device=args.device, compile=args.compile)
+    with atomic_path(path) as temporary:
+        write_h5ad(result, temporary)
+    mpp = result.uns["spatial"][name]["metadata"]["mpp"]
+    print(f"{args.image}, {mpp:.4g} µm a pixel: {result.n_obs:,} spots, {result.n_vars:,} genes "
+          f"predicted in {path}")
+    if "spread" in result.obs:
+        print(f"mean over spots: similarity to those retrieved {result.obs['similarity'].mean():.3f}, "
+              f"their spread {result.obs['spread'].mean():.3f}")
+    if args.spatialdata:
+        api.write_spatialdata(result, args.spatialdata)
+    if args.figures:
+        spots, maps = run.figure("QC", name, "jpg"), run.figure("MAP", name, "png")
+        figures.spots_over_slide(result, name, spots)
+        figures.predicted_maps(result, genes_to_map(result), maps)
+        print(f"Look at {spots}: spots on all tissue, and on nothing else. Maps in {maps}")
+
+
+def genes_to_map(prediction):
+    """The dataset's markers, or else the genes whose predictions vary most: [(gene id, caption)]."""
+    markers = prediction.var_names[prediction.var["marker"]]
+    if len(markers):
+        return [(gene, "marker") for gene in markers]
+    order = np.argsort(-prediction.X.var(axis=0), kind="stable")[:MAPPED_GENES]
+    return [(gene, "most varied") for gene in prediction.var_names[order]]
 
 
 if __name__ == "__main__":

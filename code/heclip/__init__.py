@@ -1,12 +1,12 @@
 """HECLIP: spatial gene expression predicted from H&E images.
 
-For notebooks: `predict_slide`, `predict` and `to_spatialdata` (see prediction.py). They are imported when first used.
+For notebooks: `predict_slide`, `predict` and `to_spatialdata` (see api.py), imported when first used.
 """
 
 
 def __getattr__(name):
     if name in ("predict", "predict_slide", "to_spatialdata"):
-        from . import prediction
+        from . import api
 
-        return getattr(prediction, name)
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,12 +23,9 @@ class Spots:
     expression: float32 (N, G) on the device.
     """
 
-    def __init__(self, processed, sections, panel_name, panel, device):
-        xy, expression = [], []
-        for section in sections:  # one at a time: a section holds all genes, and only the panel is kept
-            adata = processed.read(section)
-            xy.append(np.rint(adata.obsm["spatial"]).astype(np.int64))
-            expression.append(processed.expression(section, panel_name, panel, adata))
+    def __init__(self, processed, sections, panel, device):
+        xy = [np.rint(processed.xy(section)).astype(np.int64) for section in sections]
+        expression = [processed.expression(section, panel) for section in sections]
         self.section = np.repeat(sections, [len(rows) for rows in xy])
         self.xy = np.concatenate(xy)
         self.expression = torch.from_numpy(np.concatenate(expression)).to(device)

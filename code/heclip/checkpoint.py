@@ -1,94 +1,206 @@
-"""Checkpoints that describe themselves: weights, model config, gene panel, how and on what they were trained.
+"""Trained models: weights with all that says what they may be used on, saved as plain values.
 
-Those of HECLIP's authors, which are bare state dicts, are read too.
+Checkpoints of HECLIP's authors, which are bare state dicts, are read too.
 """
 
+import hashlib
+import json
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+import pandas as pd
 import torch
 
-from .dataset import first_line
 from .features import digest
-from .files import InputError, atomic_path
+from .files import InputError, atomic_path, first_line
 from .model import HECLIP, ModelConfig, load_encoder_weights
+from .panel import Panel, run_name
+from .settings import TRAINING, Training
 
-FORMAT = 3
+FORMAT = 4
+LIBRARIES = ("torch", "timm", "numpy", "scanpy", "anndata")  # their versions are kept with the weights
+SAME_WIDTH = 0.1  # patches that differ by less, relatively, show tissue at the same scale
 
 
-def save_checkpoint(path, model, **facts):
-    """Write the model with its config and further facts (plain Python values).
+@dataclass
+class Trained:
+    """A model, and what it was trained on. Raises nothing: see `check` for what it may be used on.
 
-    A frozen encoder from a hub (facts["frozen"], see main.py) is left out: it may be large, and its terms may forbid
-    passing it on. It is found again by its name, and known by its digest.
+    network: HECLIP; None where only its embeddings are at hand. settings: how it was trained.
+    panel: its genes; None for a published checkpoint, which does not name them.
+    reference: section -> digest of what the section was made from; None where that is unknown.
+    patch_px, patch_um: side of the patches it saw, in stored pixels and in microns of tissue (the mean
+    over its sections; None where that is unknown).
+    epoch: the epoch that was kept. validation: Pearson correlation per gene that the model reached on
+    the validation spots, (G,), before the query was looked at; None without validation spots.
+    frozen: for an encoder that was not trained, {"weights": digest, "hub": its name on a hub or None}.
+    digest: names the weights and the way pixels are prepared. path: where it was read from.
     """
-    hub = facts.get("frozen", {}).get("hub")
+
+    network: HECLIP | None
+    settings: Training
+    panel: Panel | None
+    reference: dict | None
+    patch_px: int
+    patch_um: float | None
+    epoch: int = 0
+    validation: list | None = None
+    frozen: dict | None = None
+    digest: str = ""
+    versions: dict = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def name(self):
+        """The stem of its files: heg, hvg, heg_paper or hvg_paper."""
+        return run_name(self.settings.type, self.settings.protocol)
+
+    @property
+    def is_regression(self):
+        """Whether it predicts expression itself, so that nothing is retrieved."""
+        return self.settings.loss == "regression"
+
+    def facts(self):
+        """Everything but the weights, as plain values: what `from_facts` takes."""
+        panel = self.panel and {
+            "kind": self.panel.kind, "protocol": self.panel.protocol,
+            "sections": list(self.panel.sections), "n_top": self.panel.n_top,
+            "markers": list(self.panel.markers), "ids": list(self.panel.ids),
+            "symbols": list(self.panel.genes["symbol"])}
+        return {"format": FORMAT, "settings": asdict(self.settings), "panel": panel,
+                "reference": self.reference, "patch_px": self.patch_px, "patch_um": self.patch_um,
+                "epoch": self.epoch, "validation": self.validation, "frozen": self.frozen,
+                "digest": self.digest, "versions": self.versions}
+
+    def check(self, processed, query, width_um=None):
+        """Raise InputError unless the model may predict `query` from its reference as it is now.
+
+        processed: the dataset's files. query: a section's name, or None for a slide.
+        width_um: side of the query's patches in microns; None: as the section table says.
+        """
+        origin, table = self.path, processed.sections()
+        if self.reference is None:
+            return
+        if processed.dataset != self.settings.dataset:
+            raise InputError(f"{origin} was trained on {self.settings.dataset}, not on "
+                             f"{processed.dataset}. Give its own --dataset, or train again")
+        if query in self.reference:
+            raise InputError(f"{origin} was trained on {query}, which is now the query section. Name "
+                             "one that was held out with --query, or train again")
+        if absent := [section for section in self.reference if section not in table.index]:
+            raise InputError(f"{origin} was trained on {', '.join(absent)}, which "
+                             f"{processed.sections_path} lacks. Train again")
+        changed = [section for section, made in self.reference.items()
+                   if table.at[section, "digest"] != made]
+        if changed:
+            first = table.loc[changed[0]]
+            raise InputError(
+                f"{origin} was trained on patches of {self.patch_um:.0f} µm in {self.patch_px} px, and "
+                f"{', '.join(changed)} was made again since, of other files or settings: patches of "
+                f"{first['crop_px'] * first['mpp']:.0f} µm in {first['patch_px']} px. Preprocess as "
+                "before, or train again")
+        if query is not None and width_um is None:
+            width_um = table.at[query, "crop_px"] * table.at[query, "mpp"]
+        if width_um is not None and abs(width_um / self.patch_um - 1) > SAME_WIDTH:
+            raise InputError(
+                f"{origin} was trained on patches of {self.patch_um:.0f} µm, but those of "
+                f"{query} show {width_um:.0f} µm. Preprocess all sections with the same --patch_um")
+
+
+def from_facts(facts, network=None, path=None):
+    """The Trained that `Trained.facts` described."""
+    facts = {key: value for key, value in facts.items() if key != "format"}
+    settings = dict(facts.pop("settings"))
+    if settings["query"]:
+        settings["query"] = tuple(settings["query"])
+    panel = facts.pop("panel")
+    if panel:
+        ids = pd.Index(panel.pop("ids"), name="gene_id")
+        genes = pd.DataFrame({"symbol": panel.pop("symbols")}, index=ids)
+        genes["marker"] = genes["symbol"].isin(panel["markers"])
+        panel = Panel(genes=genes, **panel)
+    return Trained(network, Training(**settings), panel, path=path, **facts)
+
+
+def library_versions():
+    """The versions of the libraries that shape a result."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # installed in a way that leaves no record
+            found[name] = "unknown"
+    return found
+
+
+def model_digest(network):
+    """SHA-256 over the weights and the config, which says how pixels are prepared. Hexadecimal text."""
+    config = json.dumps(asdict(network.config), sort_keys=True)
+    return hashlib.sha256(f"{config} {digest(network)}".encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------ saving, loading
+
+
+def save_checkpoint(path, trained):
+    """Write a model with all that `load_checkpoint` needs to check its use.
+
+    A frozen encoder from a hub is left out: it may be large, and its terms may forbid passing it on. It
+    is found again by its name, and recognised by its digest.
+    """
+    network = trained.network
+    described = replace(trained, digest=model_digest(network), versions=library_versions())
+    from_hub = trained.frozen and trained.frozen["hub"]
+    weights = heads(network) if from_hub else network.state_dict()
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "model": heads(model) if hub else model.state_dict(),
-                    "config": asdict(model.config), **facts}, temporary)
+        torch.save({"model": weights, "config": asdict(network.config), **described.facts()}, temporary)
 
 
-def heads(model):
-    """The entries of the model's state that are not its image encoder's."""
-    return {key: value for key, value in model.state_dict().items() if not key.startswith("image_encoder.")}
+def heads(network):
+    """The entries of a model's state that are not its image encoder's."""
+    return {key: value for key, value in network.state_dict().items()
+            if not key.startswith("image_encoder.")}
 
 
 def load_checkpoint(path):
-    """Read a checkpoint. Returns (HECLIP on the CPU in evaluation mode, the other facts as a dict).
-
-    Of a file of the published code there are no further facts: the dict is empty.
-    """
+    """Read a checkpoint: a Trained whose network is on the CPU and in evaluation mode."""
+    path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} is missing. Train it with main.py, with the same --dataset, --type, --protocol and "
-                         "--save_path")
+        raise InputError(f"{path} is missing. Train it with main.py, with the same --dataset, --type, "
+                         "--protocol and --save_path")
     try:
-        facts = read(path)
-        if is_published(facts):
-            return load_published(facts), {}
-        model = HECLIP(ModelConfig(**facts.pop("config")))
-        weights = facts.pop("model")
-        frozen = facts.get("frozen", {})
-        if frozen.get("hub"):
-            load_encoder_weights(model.image_encoder, frozen["hub"], None, model.config.encoder_args)
-            if digest(model.image_encoder) != frozen["weights"]:
-                raise InputError(f"{path} was trained on other weights of {frozen['hub']} than are found by that name "
-                                 "now. Train again, or name the revision: --encoder hf-hub:<owner>/<name>@<revision>")
-            weights = model.state_dict() | weights
-        model.load_state_dict(weights)
+        saved = read(path)
+        if is_published(saved):
+            return load_published(saved, path)
+        network, weights = HECLIP(ModelConfig(**saved["config"])), saved["model"]
+        trained = from_facts(only_facts(saved), network, path)
+        if trained.frozen and trained.frozen["hub"]:
+            weights = network_from_hub(trained) | weights
+        network.load_state_dict(weights)
     except InputError:
         raise
     except Exception as error:  # a damaged file can fail anywhere
-        raise InputError(f"{path} is not a checkpoint of main.py, or is damaged ({first_line(error)}). Train again, or "
-                         "copy it again") from None
-    return model.eval(), facts
+        raise InputError(f"{path} is not a checkpoint of main.py, or is damaged ({first_line(error)}). "
+                         "Train again, or copy it again") from None
+    network.eval()
+    return trained
 
 
-def is_published(saved):
-    """Whether this is a state dict of the published code: it saves a layer of this name, though it never uses it."""
-    return isinstance(saved, dict) and any(key.endswith(("spot_encoder.model.bias", "well_encoder.model.bias"))
-                                           for key in saved if isinstance(key, str))
-
-
-def load_published(weights):
-    """HECLIP from a state dict of the published code (QSong-github/HECLIP), which tells its type and genes itself.
-
-    ResNet-50, fed as it was trained: 256 px, blue-green-red, 0 to 255. Raises an error on missing or other entries.
-    """
-    weights = {key.replace("module.", "").replace("well", "spot"): value for key, value in weights.items()}
-    n_genes = len(weights["spot_encoder.model.bias"])
-    renamed = {"image_encoder.model.": "image_encoder.", "spot_projection.": "expression_projection.",
-               "image_projection.": "image_projection."}
-    ours = {new + key.removeprefix(old): value for key, value in weights.items()
-            for old, new in renamed.items() if key.startswith(old)}
-    kind = "heg" if any(key.startswith("spot_projection.") for key in weights) else "hvg"
-    model = HECLIP(ModelConfig(kind, n_genes, "resnet50", image_size=256, mean=(0.0,) * 3, std=(1 / 255,) * 3, bgr=True,
-                               embedding_dim=len(weights["image_projection.fc.bias"])))
-    model.load_state_dict(ours)
-    return model.eval()
+def network_from_hub(trained):
+    """The state of a model whose frozen encoder is fetched from its hub, or found in its cache."""
+    network, name = trained.network, trained.frozen["hub"]
+    load_encoder_weights(network.image_encoder, name, None, network.config.encoder_args)
+    if digest(network.image_encoder) != trained.frozen["weights"]:
+        raise InputError(f"{trained.path} was trained on other weights of {name} than are found by that "
+                         "name now. Train again, or name the revision: --encoder "
+                         "hf-hub:<owner>/<name>@<revision>")
+    return network.state_dict()
 
 
 def read(path):
-    """The contents of a file that was saved here, or by the published code. Raises ValueError if a byte is wrong."""
+    """The contents of a file that was saved here, or by the published code. ValueError if damaged."""
     if wrong := zipfile.ZipFile(path).testzip():  # torch does not look at the checksums it writes
         raise ValueError(f"the checksum of {wrong} is wrong")
     saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -97,48 +209,119 @@ def read(path):
     return saved
 
 
-def check_fits(path, facts, dataset, name, panel):
-    """Raise InputError unless the checkpoint was trained on this dataset and this very panel."""
-    if (facts["dataset"], facts["name"]) != (dataset, name):
-        raise InputError(f"{path} was trained on {facts['dataset']} {facts['name']}, not on {dataset} {name}. Name its "
-                         "own with --dataset, --type and --protocol, or train again")
-    if facts["panel"] != list(panel.index):
-        shared = len(set(facts["panel"]) & set(panel.index))
-        raise InputError(f"{path} was trained on another gene panel: {len(facts['panel'])} genes, now {len(panel)}, "
-                         f"{shared} shared. Name it with --panel (it was {facts['panel_name']}), or train again if the "
-                         "data was preprocessed anew since")
+# ------------------------------------------------------------------------------ published checkpoints
 
 
-def save_progress(path, model, optimiser, losses, facts):
-    """Write all that the next epoch depends on: weights, optimiser, the scores so far, and whose they are."""
+def is_published(saved):
+    """Whether this is a state dict of the published code, by a layer that it saves but never uses."""
+    unused = ("spot_encoder.model.bias", "well_encoder.model.bias")
+    return isinstance(saved, dict) and any(
+        key.endswith(unused) for key in saved if isinstance(key, str))
+
+
+def load_published(weights, path):
+    """A Trained from a state dict of the published code (QSong-github/HECLIP).
+
+    Its entries tell its type and number of genes; nothing tells its genes and sections. ResNet-50, fed
+    as it was trained: 256 px, blue-green-red, 0 to 255. Raises an error on missing or other entries.
+    """
+    weights = {key.replace("module.", "").replace("well", "spot"): value
+               for key, value in weights.items()}
+    n_genes = len(weights["spot_encoder.model.bias"])
+    renamed = {"image_encoder.model.": "image_encoder.", "spot_projection.": "expression_projection.",
+               "image_projection.": "image_projection."}
+    ours = {new + key.removeprefix(old): value for key, value in weights.items()
+            for old, new in renamed.items() if key.startswith(old)}
+    has_projection = any(key.startswith("spot_projection.") for key in weights)
+    kind = "heg" if has_projection else "hvg"
+    width = len(weights["image_projection.fc.bias"])
+    network = HECLIP(ModelConfig(kind, n_genes, "resnet50", image_size=256, mean=(0.0,) * 3,
+                                 std=(1 / 255,) * 3, bgr=True, embedding_dim=width))
+    network.load_state_dict(ours)
+    settings = replace(TRAINING["published"], type=kind)
+    return Trained(network.eval(), settings, panel=None, reference=None, patch_px=256, patch_um=None,
+                   digest=model_digest(network), path=path)
+
+
+# ---------------------------------------------------------------------------- stopping and continuing
+
+
+def save_progress(path, trained, optimiser, losses):
+    """Write all that the next epoch depends on: weights, optimiser, scores so far, and whose they are."""
+    network = trained.network
+    weights = heads(network) if trained.frozen else network.state_dict()
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "model": heads(model) if "frozen" in facts else model.state_dict(),
-                    "optimiser": optimiser.state_dict(), "losses": losses, **facts}, temporary)
+        torch.save({"model": weights, "optimiser": optimiser.state_dict(), "losses": losses,
+                    **trained.facts()}, temporary)
 
 
-def load_progress(path, model, optimiser, facts):
+def load_progress(path, trained, optimiser):
     """Fill model and optimiser with the state after the last finished epoch; return the scores so far.
 
-    Raises InputError unless the run had the same data, panel and arguments; only the number of epochs may differ, and
-    that not under a schedule that ends with them.
+    Raises InputError unless the run had the same data, panel and settings. Only the number of epochs
+    may differ, and that not under a schedule that ends with them.
     """
-    free = {"device", "compile", "save_path"}
-    if facts["arguments"].get("schedule") != "cosine":
-        free.add("max_epochs")
+    network = trained.network
+    free = () if trained.settings.schedule == "cosine" else ("max_epochs",)
     try:
         saved = read(path)
-        losses = saved["losses"]
-        arguments = {key: (saved["arguments"].get(key), value) for key, value in facts["arguments"].items()
-                     if key not in free}
-        changed = [f"--{key} was {old}, is {new}" for key, (old, new) in arguments.items() if old != new]
-        changed += [f"its {key} differs" for key in ("dataset", "name", "panel", "reference", "frozen")
-                    if saved.get(key) != facts.get(key)]
+        losses, weights = saved["losses"], saved["model"]
+        changed = changes(from_facts(only_facts(saved)), trained, free)
         if not changed:
-            model.load_state_dict(model.state_dict() | saved["model"] if "frozen" in facts else saved["model"])
+            network.load_state_dict(network.state_dict() | weights if trained.frozen else weights)
             optimiser.load_state_dict(saved["optimiser"])
     except Exception as error:  # a damaged file can fail anywhere
-        raise InputError(f"{path} is damaged ({first_line(error)}). Train again without --resume") from None
+        raise InputError(f"{path} is damaged ({first_line(error)}). Train again without "
+                         "--resume") from None
     if changed:
-        raise InputError(f"{path} is of another run: {'; '.join(changed)}. Resume with the same settings, or train "
-                         "again without --resume")
+        raise InputError(f"{path} is of another run: {'; '.join(changed)}. Resume with the same "
+                         "settings, or train again without --resume")
     return losses
+
+
+def changes(earlier, trained, free=()):
+    """In words, what makes `trained` another model than `earlier`: settings, panel, sections, encoder."""
+    changed = trained.settings.differences(earlier.settings, free)
+    if list(earlier.panel.ids) != list(trained.panel.ids):
+        changed.append(f"its panel differs ({len(earlier.panel)} genes, now {len(trained.panel)})")
+    if list(earlier.reference) != list(trained.reference):
+        changed.append(f"its reference was {', '.join(earlier.reference)}, is "
+                       f"{', '.join(trained.reference)}")
+    elif earlier.reference != trained.reference:
+        changed.append(f"its sections were made again since: patches of {earlier.patch_um:.0f} µm, now "
+                       f"{trained.patch_um:.0f} µm, or other files or settings")
+    if earlier.frozen != trained.frozen:
+        changed.append("its frozen encoder differs")
+    return changed
+
+
+def check_replaceable(run, trained):
+    """Raise InputError if training would replace another model than the one that it makes again."""
+    for path in (run.checkpoint, run.last):
+        if not path.exists():
+            continue
+        try:
+            saved = read(path)
+            if is_published(saved):
+                changed = ["it is a published checkpoint"]
+            else:
+                changed = changes(from_facts(only_facts(saved)), trained)
+        except Exception as error:  # a damaged file can fail anywhere
+            changed = [f"it cannot be read ({first_line(error)})"]
+        if changed:
+            raise InputError(f"{path} holds another model: {'; '.join(changed)}. Keep both with "
+                             "--save_path DIR, or replace it with --overwrite")
+
+
+def only_facts(saved):
+    """What a saved file holds next to its tensors."""
+    return {key: value for key, value in saved.items()
+            if key not in ("model", "config", "optimiser", "losses")}
+
+
+def saved_digest(path):
+    """The digest of the model in a checkpoint, without reading its weights; None if there is none."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["digest"]
+    except Exception:  # absent, damaged or a published one
+        return None

@@ -1,4 +1,4 @@
-"""What the scripts' command lines share: their common flags, the device, and how an error is shown."""
+"""What the scripts' command lines share: kinds of arguments, the device, how an error is shown."""
 
 import argparse
 import errno
@@ -7,12 +7,14 @@ import sys
 
 from .files import InputError
 
+DEVICE_HELP = "auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:N or mps"
+SAVE_PATH_HELP = "where the results go; default: save, ebd and figure at the top of the project"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main):
-    """Call `main()` as a script does: a user's mistake ends in one line and exit code 1, not in a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that half-written files are removed
+    """Call `main()` as a script: a user's mistake ends in one line and exit code 1, without traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: half-written files are removed
     try:
         main()
     except InputError as error:
@@ -21,35 +23,13 @@ def run(main):
         sys.exit(130)
     except OSError as error:
         # HDF5 wraps the system's error into a text of its own and drops the number.
-        if error.errno in DISK_FULL or "No space left" in str(error) or "File too large" in str(error):
-            sys.exit(f"error: the disk is full ({error}). Nothing half-written was left: free some space and run again")
+        text = str(error)
+        if error.errno in DISK_FULL or "No space left" in text or "File too large" in text:
+            sys.exit(f"error: the disk is full ({text}). Nothing half-written was left: free some space "
+                     "and run again")
         if error.errno is not None and error.filename is not None:
             sys.exit(f"error: {error.filename}: {error.strerror}")
         raise
-
-
-def parser(description):
-    """An argument parser with the flags that `main.py` and `infer.py` share."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--dataset", default="GSE240429", help="a dataset that a preprocess script has prepared")
-    flags.add_argument("--type", default="heg", choices=["heg", "hvg"],
-                       help="heg: images and highly expressed genes meet in 256 dimensions; hvg: images are embedded "
-                            "into the space of the highly variable genes")
-    flags.add_argument("--panel", choices=["heg", "hvg"], help="genes of the other type; default: those of --type")
-    flags.add_argument("--query", nargs="+", metavar="SECTION",
-                       help="hold out these sections; default: those with the role query. The others are the "
-                            "reference, and choose the panel")
-    flags.add_argument("--protocol", default="strict", choices=["strict", "paper"],
-                       help="strict: the query section chooses and corrects nothing; "
-                            "paper: panel and Harmony over all sections, as published (preprocess with it too)")
-    flags.add_argument("--save_path", metavar="DIR",
-                       help="where this run's results go; default: save, ebd and figure at the top of the project")
-    flags.add_argument("--batch_size", type=positive, default=128, help="patches per step")
-    flags.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    flags.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="compile the encoder: about a minute at first, then faster. main.py does so on CUDA GPUs")
-    flags.add_argument("--seed", type=int, default=42, help="same seed, same result")
-    return flags
 
 
 def positive(text):
@@ -57,6 +37,14 @@ def positive(text):
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def seed(text):
+    """An argument that numpy and torch take as a seed: a whole number from 0 to 2^32 - 1."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {2**32 - 1}")
     return number
 
 
@@ -76,18 +64,31 @@ def not_negative(text):
     return number
 
 
+def fraction(text):
+    """An argument that must be a number of at least 0 and below 1."""
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
+    return number
+
+
 def pick_device(name):
-    """The torch device of that name; `auto` takes a GPU, then Apple's, then the CPU."""
+    """The torch device of that name; `auto` is a CUDA GPU if there is one, else the CPU.
+
+    Apple's MPS is used only when it is asked for: asynchronous copies and batch norm in the
+    channels-last layout are silently wrong there (pytorch #139550, #175189).
+    """
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: not usable on this machine ({reason}). Try --device cpu") from None
+        raise InputError(f"--device {name}: not usable on this machine ({reason}). "
+                         "Try --device cpu") from None
     return device
 
 
@@ -95,5 +96,5 @@ def autocast(device):
     """bfloat16 on GPUs that have it, where it halves the time; float32 elsewhere."""
     import torch
 
-    return torch.autocast(device.type, torch.bfloat16,
-                          enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)

@@ -3,15 +3,17 @@
 The tree below `ROOT` is the contract between the stages: see "Files" in the README.
 """
 
-import json
+import hashlib
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .files import InputError
+from .files import InputError, first_line
+from .panel import choose_panel, read_panel, run_name
 
 SCRIPTS = Path(__file__).parents[1]
 ROOT = Path(os.environ.get("HECLIP_ROOT") or Path(__file__).resolve().parents[2])
@@ -94,13 +96,11 @@ def has_script(dataset):
     return (SCRIPTS / f"preprocess_{dataset}.py").exists()
 
 
-def run_name(panel_type, protocol):
-    """The stem that tells a panel's files, and a model's, from another's: `heg`, `hvg`, `heg_paper`, `hvg_paper`."""
-    return panel_type if protocol == "strict" else f"{panel_type}_{protocol}"
-
-
 class Processed:
-    """The processed files of one dataset: paths for the stage that writes them, contents for those that read."""
+    """The processed files of one dataset: paths to write to, and what is in them to read.
+
+    n_spots and n_genes are those of a section, G is the size of a panel.
+    """
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -114,25 +114,12 @@ class Processed:
     def patches_path(self, section):
         return self.folder / f"{section}.patches.npy"
 
-    def panel_path(self, name):
-        return self.folder / f"panel_{name}.csv"
+    def panel_path(self, kind, protocol="strict"):
+        return self.folder / f"panel_{run_name(kind, protocol)}.csv"
 
-    def corrected_path(self, section, name):
-        """Harmony-corrected expression of the panel, for the paper protocol: float32 (n_spots, G)."""
-        return self.folder / f"{section}.{name}.npy"
-
-    def need(self, path):
-        """`path`, or an error that says which command makes it."""
-        if path.exists():
-            return path
-        if not has_script(self.dataset) and not self.command_path.exists():
-            known = sorted(script.stem.removeprefix("preprocess_") for script in SCRIPTS.glob("preprocess_*.py"))
-            known.remove("custom")
-            raise InputError(f"{path} is missing, and no preprocess script is called {self.dataset}. "
-                             f"--dataset takes {', '.join(known)}, or one that you make from a sample sheet: "
-                             f"python code/preprocess_custom.py SHEET --name {self.dataset}")
-        paper = " --protocol paper" if path.stem.endswith("_paper") and " paper" not in self.command else ""
-        raise InputError(f"{path} is missing. Make it with: {self.command}{paper}")
+    def corrected_path(self, section, kind):
+        """Harmony-corrected expression of the paper protocol: float32 (n_spots, G)."""
+        return self.folder / f"{section}.{run_name(kind, 'paper')}.npy"
 
     @property
     def command(self):
@@ -141,45 +128,41 @@ class Processed:
             return f"python code/preprocess_{self.dataset}.py"
         return self.command_path.read_text().strip()
 
-    def sections(self):
-        """The section table: index section; columns donor, role, n_spots, n_genes, mpp, patch_px, crop_px, ...
+    def need(self, path, protocol="strict"):
+        """`path`, or an error that says which command makes it."""
+        if path.exists():
+            return path
+        if not has_script(self.dataset) and not self.command_path.exists():
+            known = sorted(script.stem.removeprefix("preprocess_")
+                           for script in SCRIPTS.glob("preprocess_*.py"))
+            known.remove("custom")
+            raise InputError(
+                f"{path} is missing, and no preprocess script is called {self.dataset}. --dataset takes "
+                f"{', '.join(known)}, or one that you make from a sample sheet: "
+                f"python code/preprocess_custom.py SHEET --name {self.dataset}")
+        asks_for_paper = protocol == "paper" and " --protocol paper" not in self.command
+        raise InputError(f"{path} is missing. Make it with: {self.command}"
+                         + (" --protocol paper" if asks_for_paper else ""))
 
-        crop_px: side, in full-resolution pixels, of what each patch of patch_px x patch_px pixels shows.
+    # ---------------------------------------------------------------------------------- the sections
+
+    def sections(self):
+        """The section table: index section; columns donor, role, n_spots, n_genes, mpp, patch_px, ...
+
+        crop_px: side, in full-resolution pixels, of what a patch of patch_px x patch_px pixels shows.
+        digest: what the section's files were made from. Names are text: "NA" and "007" are names.
         """
-        table = pd.read_csv(self.need(self.sections_path), dtype={"section": str, "donor": str}, index_col="section")
+        text = {"section": str, "donor": str, "digest": str}
+        path = self.need(self.sections_path)
+        table = pd.read_csv(path, dtype=text, keep_default_na=False, index_col="section")
         if not table.index.is_unique:
-            raise InputError(f"{self.sections_path} names a section twice. Make it anew with the preprocess script")
-        if "crop_px" not in table:  # written before patches could be resampled
-            table["crop_px"] = table["patch_px"]
+            raise InputError(f"{path} names a section twice. Run {self.command} again")
+        if "digest" not in table:
+            raise InputError(f"{path} was written by an older version. Run {self.command} again")
         return table
 
-    def read(self, section):
-        """One section as AnnData: spots x all genes, X log-normalised (CSR float32), layers["counts"]."""
-        import anndata
-
-        path = self.need(self.section_path(section))
-        try:
-            return anndata.read_h5ad(path)
-        except Exception as error:  # HDF5 raises many kinds
-            raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
-                             f"{self.command} again") from error
-
-    def panel(self, name):
-        """The gene panel: index gene id; columns symbol, marker, rank_<section> ...; attrs: how it was chosen."""
-        path = self.need(self.panel_path(name))
-        try:
-            with open(path) as file:
-                how = json.loads(file.readline().removeprefix("#"))
-                panel = pd.read_csv(file, index_col="gene_id", keep_default_na=False)
-            how["markers"]  # absent from panels of an early version
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{path} is not a panel written by preprocess ({first_line(error)}). "
-                             f"Run {self.command} again") from None
-        panel.attrs = how
-        return panel
-
     def roles(self, query=None):
-        """(reference, query): lists of section names, as the section table has it, or with `query` held out instead."""
+        """(reference, query), lists of section names: by the section table, or with `query` held out."""
         table = self.sections()
         if query is None:
             query = list(table.index[table["role"] == "query"])
@@ -189,84 +172,131 @@ class Processed:
         reference = [name for name in table.index if name not in query]
         if not reference:
             raise InputError(f"--query {' '.join(query)}: no section is left to learn from")
-        return reference, query
+        return reference, list(query)
+
+    def read(self, section):
+        """One section as AnnData, spots x all genes: X log-normalised (CSR float32), layers["counts"]."""
+        import anndata
+
+        with self.opened(section) as file:
+            return anndata.io.read_elem(file)
+
+    def spots(self, section):
+        """A section's spots without genes, as AnnData of n_spots x 0: obs, obsm and uns."""
+        import anndata
+
+        with self.opened(section) as file:
+            return anndata.AnnData(**{part: anndata.io.read_elem(file[part])
+                                      for part in ("obs", "obsm", "uns")})
+
+    def xy(self, section):
+        """The spots' centres in full-resolution pixels, image column and row: float64 (n_spots, 2)."""
+        with self.opened(section) as file:
+            return np.asarray(file["obsm/spatial"][:], np.float64)
+
+    def barcodes(self, section):
+        """The spots' names, in order: array of str (n_spots,)."""
+        with self.opened(section) as file:
+            obs = file["obs"]
+            return obs[obs.attrs["_index"]].asstr()[:].astype(str)
 
     def genes(self, section):
         """The gene table of a section (see `expression.gene_statistics`), without its matrices."""
         import anndata
+
+        with self.opened(section) as file:
+            return anndata.io.read_elem(file["var"])
+
+    @contextmanager
+    def opened(self, section):
+        """A section's open HDF5 file. Whatever its reading raises names the file."""
         import h5py
 
         path = self.need(self.section_path(section))
         try:
             with h5py.File(path) as file:
-                return anndata.io.read_elem(file["var"])
+                yield file
+        except InputError:
+            raise
         except Exception as error:  # HDF5 raises many kinds
             raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
-                             f"python code/preprocess_{self.dataset}.py again") from error
-
-    def panel_for(self, name, reference):
-        """The panel of that name, chosen by these reference sections: as on disk, or anew if others chose that one.
-
-        The paper protocol's is chosen by all sections, whichever is held out.
-        """
-        panel = self.panel(name)
-        if name.endswith("_paper") or panel.attrs["sections"] == reference:
-            return panel
-        from .expression import choose_panel
-
-        genes = {section: self.genes(section) for section in self.sections().index}
-        anew = choose_panel(panel.attrs["type"], {section: genes[section] for section in reference},
-                            panel.attrs["n_top"], present_in=[table.index for table in genes.values()])
-        anew.insert(1, "marker", anew["symbol"].isin(panel.attrs["markers"]))
-        anew.attrs = panel.attrs | {"sections": reference}
-        return anew
-
-    def panel_from(self, file, name, section):
-        """The genes of a CSV (ids in its first column), in its order, as a panel; all else as in the panel `name`.
-
-        section: where the genes' symbols are looked up.
-        """
-        if name.endswith("_paper"):
-            raise InputError("--panel_file with --protocol paper: its corrected expression is that of its own panel. "
-                             "Leave one of them out")
-        try:
-            ids = pd.read_csv(file, comment="#", dtype=str, index_col=0, keep_default_na=False).index
-        except (OSError, ValueError) as error:
-            raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header, gene ids in the "
-                             "first column") from None
-        genes, how = self.genes(section), self.panel(name).attrs
-        if len(missing := ids.difference(genes.index)) or not ids.is_unique or not len(ids):
-            raise InputError(f"--panel_file {file}: " + (f"{len(missing)} of its {len(ids)} genes, {missing[0]!r} "
-                             f"first, are not in {self.section_path(section)}" if len(missing) else "a gene stands in "
-                             "it twice" if len(ids) else "it holds no genes") + ". Its first column must be gene ids")
-        panel = pd.DataFrame({"symbol": genes.loc[ids, "symbol"]}, index=ids).rename_axis("gene_id")
-        panel.insert(1, "marker", panel["symbol"].isin(how["markers"]))
-        panel.attrs = how | {"sections": [], "file": str(file)}
-        return panel
-
-    def expression(self, section, name, panel, adata=None):
-        """What the model is trained on and scored against: float32 (n_spots, G), columns in panel order."""
-        if name.endswith("_paper"):
-            return np.load(self.need(self.corrected_path(section, name)))
-        adata = self.read(section) if adata is None else adata
-        missing = panel.index.difference(adata.var_names)
-        if len(missing):
-            raise InputError(f"{self.panel_path(name)} holds {len(missing)} genes that {self.section_path(section)} "
-                             f"lacks, {missing[0]} first. Run {self.command} again")
-        return adata[:, panel.index].X.toarray().astype(np.float32, copy=False)
+                             f"{self.command} again") from error
 
     def patches(self, section):
-        """uint8 (n_spots, patch_px, patch_px, 3) RGB, opened as a memory map; row i is row i of the section."""
+        """uint8 (n_spots, patch_px, patch_px, 3) RGB, as a memory map; row i is row i of the section.
+
+        Raises InputError if they were not made together with the section's expression.
+        """
         path = self.need(self.patches_path(section))
         try:
-            return np.load(path, mmap_mode="r")
+            patches = np.load(path, mmap_mode="r")
         except (ValueError, EOFError) as error:
             raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
                              f"{self.command} again") from None
+        with self.opened(section) as file:
+            made_with = file["uns/patches_digest"][()].decode()
+        if patches_digest(patches) != made_with:
+            raise InputError(f"{path} and {self.section_path(section)} were not made together. Delete "
+                             f"both and run {self.command} again")
+        return patches
+
+    # ------------------------------------------------------------------------------- panel, expression
+
+    def panel(self, kind, protocol="strict", reference=None):
+        """The panel of that kind as on disk; if other sections than `reference` chose it, chosen again.
+
+        In the paper protocol all sections choose it, whichever is held out.
+        """
+        panel = read_panel(self.need(self.panel_path(kind, protocol), protocol))
+        if protocol == "paper" or reference is None or panel.sections == list(reference):
+            return panel
+        genes = {section: self.genes(section) for section in self.sections().index}
+        return choose_panel(kind, {section: genes[section] for section in reference}, panel.n_top,
+                            [table.index for table in genes.values()], panel.markers)
+
+    def expression(self, section, panel):
+        """What the model is trained on and scored against: float32 (n_spots, G), in panel order."""
+        if panel.protocol == "paper":
+            path = self.need(self.corrected_path(section, panel.kind), "paper")
+            return np.load(path)
+        with self.opened(section) as file:
+            return read_columns(file, panel.ids)
+
+
+def patches_digest(patches):
+    """SHA-256 of the shape of patches (n, P, P, 3) and of 16 of them, evenly spaced: a second at most.
+
+    It tells which patches were made together with which expression. It does not find damaged bytes.
+    """
+    total = hashlib.sha256(str(patches.shape).encode())
+    for row in np.unique(np.linspace(0, len(patches) - 1, 16).astype(int)):
+        total.update(np.ascontiguousarray(patches[row]).tobytes())
+    return total.hexdigest()
+
+
+def read_columns(file, ids, rows=1024):
+    """Some genes of a section's X: float32 (n_spots, G), columns in the order of the gene ids `ids`.
+
+    file: an open h5ad whose X is CSR. Only X is read, `rows` spots at a time.
+    Raises InputError if the section lacks one of the genes.
+    """
+    import anndata
+
+    place = pd.Index(anndata.io.read_elem(file["var"]).index).get_indexer(ids)
+    if (place < 0).any():
+        lacking = ids[place < 0]
+        raise InputError(f"{file.filename} lacks {len(lacking)} genes of the panel, {lacking[0]} first. "
+                         "The panel is another data set's, or the section was made again since")
+    x = anndata.io.sparse_dataset(file["X"])
+    blocks = [x[start:start + rows][:, place].toarray() for start in range(0, x.shape[0], rows)]
+    return np.concatenate(blocks).astype(np.float32, copy=False)
 
 
 class Run:
-    """Where one model's files go. With `save_path` all of it goes below that folder, so runs can stand side by side."""
+    """Where one model's files go.
+
+    With `save_path` all of it goes below that folder, so that runs can stand side by side.
+    """
 
     def __init__(self, dataset, name, save_path=None):
         save = Path(save_path) if save_path else ROOT / "save"
@@ -283,10 +313,11 @@ class Run:
     def embeddings(self, section):
         return self.top / "ebd" / self.dataset / self.name / f"{section}.npz"
 
-    def figure(self, kind):
-        return self.top / "figure" / kind / f"{self.dataset}_{self.name}.{'png' if kind in ('MAP', 'CAL') else 'pdf'}"
+    def figure(self, kind, of=None, suffix="pdf"):
+        """A picture of that kind (QC, MAP, CAL, EBD or EXP); of: the name of a slide."""
+        stem = self.name if of is None else f"{self.name}_slide_{of}"
+        return self.top / "figure" / kind / f"{self.dataset}_{stem}.{suffix}"
 
-
-def first_line(error):
-    """The first line of an error's text, for use inside another error."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    def slide_prediction(self, slide):
+        """The prediction of a slide that has no expression."""
+        return self.folder / f"{self.name}_slide_{slide}_prediction.h5ad"

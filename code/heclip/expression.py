@@ -1,11 +1,9 @@
-"""Counts -> log-normalised expression, gene panels, and the published batch correction."""
+"""Counts -> log-normalised expression, statistics of genes, and the published batch correction."""
 
 import numpy as np
 import pandas as pd
 import scanpy
 import scipy.sparse
-
-from .files import InputError
 
 
 def log_normalise(adata):
@@ -33,37 +31,6 @@ def gene_statistics(adata):
     adata.var["mean"] = np.asarray(adata.X.mean(axis=0)).ravel()
     adata.var["dispersion"] = ranking["dispersions_norm"].to_numpy(dtype=np.float64)
     adata.var["n_expressed"] = np.asarray((adata.X > 0).sum(axis=0)).ravel()
-
-
-def choose_panel(panel_type, genes, n_top, present_in=()):
-    """The union over sections of each section's top genes (Li et al. call these HVG and HEG).
-
-    panel_type: "hvg" ranks by normalised dispersion, over all genes; "heg" by mean log-normalised expression, over
-    the genes that are expressed in every section. genes: section -> its `var` table (see `gene_statistics`).
-    present_in: further lists of gene ids that must hold a gene, by name only: the query's, which must not choose.
-    Returns a DataFrame in the first section's gene order: index gene id; symbol, then rank_<section> (1 is highest,
-    over the candidate genes).
-    """
-    first = next(iter(genes.values()))
-    candidates = first.index
-    for ids in [table.index for table in genes.values()] + list(present_in):
-        candidates = candidates[candidates.isin(ids)]
-    if panel_type == "heg":
-        for table in genes.values():
-            candidates = candidates[table.loc[candidates, "n_expressed"].to_numpy() > 0]
-    by = "dispersion" if panel_type == "hvg" else "mean"
-
-    panel = pd.DataFrame({"symbol": first.loc[candidates, "symbol"]}, index=candidates)
-    chosen = np.zeros(len(candidates), bool)
-    for name, table in genes.items():
-        value = table.loc[candidates, by]
-        rank = value.rank(ascending=False, method="first", na_option="bottom").astype(int)
-        chosen |= ((rank <= n_top) & value.notna()).to_numpy()
-        panel[f"rank_{name}"] = rank
-    if not chosen.any():
-        raise InputError(f"the {panel_type} panel of {', '.join(genes)} is empty: they share {len(candidates)} "
-                         "candidate genes. Check that all sections use the same gene ids")
-    return panel[chosen].rename_axis("gene_id")
 
 
 def harmonise(matrices):

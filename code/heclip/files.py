@@ -11,6 +11,11 @@ class InputError(Exception):
     """A fault in what the user gave: names the file, what is wrong with it and the mend. Shown without a traceback."""
 
 
+def first_line(error):
+    """The first line of an error's text, for use inside another error."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 @contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if not.

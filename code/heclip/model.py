@@ -12,8 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from .dataset import first_line
-from .files import InputError
+from .files import InputError, first_line
 
 LITE0 = "tf_efficientnet_lite0"  # small, and its ImageNet weights come as a Python package
 

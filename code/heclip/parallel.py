@@ -5,6 +5,7 @@ the global one whatever the number of processes.
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,11 +13,23 @@ import torch.distributed as dist
 from .files import InputError
 
 
+class Ranks(NamedTuple):
+    """This process among those that train together: its rank, their number, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def mine(self, rows):
+        """This rank's share of the rows of a global batch: every R-th."""
+        return rows[self.rank::self.world]
+
+
 def start(device):
-    """Join the processes that torchrun started. Returns (rank, number of ranks, this rank's device)."""
+    """Join the processes that torchrun started. Returns Ranks."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
-        return 0, 1, device
+        return Ranks(0, 1, device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -24,7 +37,7 @@ def start(device):
         raise InputError(f"torchrun with --device {device.type}: several processes need GPUs or the CPU")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), world, device
+    return Ranks(dist.get_rank(), world, device)
 
 
 def distribute(model, device):

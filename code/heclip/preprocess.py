@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from . import command, expression, figures, slide, sources
-from .dataset import ROOT, Dataset, Processed, run_name
+from .dataset import ROOT, Dataset, Processed, patches_digest
 from .files import InputError, atomic_path, sha256, write_h5ad
+from .panel import choose_panel, read_panel
 
 DRAWING = threading.Lock()  # matplotlib is not made for threads
-FORMAT = 1  # of the processed files; a higher one makes every section anew
+FORMAT = 2  # of the processed files; a higher one makes every section anew
 
 
 def preprocess(dataset, argv=None):
@@ -72,13 +73,13 @@ def prepare(dataset, args):
         write_panel(dataset, processed, genes, panel_type, "strict")
         if args.protocol == "paper":
             write_panel(dataset, processed, genes, panel_type, "paper")
-            write_corrected(dataset, processed, panel_type)
 
-    print(table[["donor", "role", "n_spots", "n_genes", "mpp", "padded"]].to_string(float_format="%.4f"))
-    print(f"{len(set.intersection(*(set(var.index) for var in genes.values()))):,} genes are in every section")
+    shown = table[["donor", "role", "n_spots", "n_genes", "mpp", "padded"]]
+    print(shown.to_string(float_format="%.4f"))
+    common = set.intersection(*(set(var.index) for var in genes.values()))
+    print(f"{len(common):,} genes are in every section")
     for path in sorted(processed.folder.glob("panel_*.csv")):
-        name = path.stem.removeprefix("panel_")
-        print(f"panel {name}: {len(processed.panel(name))} genes")
+        print(f"panel {path.stem.removeprefix('panel_')}: {len(read_panel(path))} genes")
     print(f"Look at {ROOT / 'figure' / 'QC' / dataset.name}: every spot must lie on its tissue.")
 
 
@@ -104,13 +105,17 @@ def preprocess_section(dataset, section, raw, processed):
              for what in ("counts", "positions", "image")}
     if dataset.symbols:
         files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
-    section_path, patches_path = processed.section_path(section.name), processed.patches_path(section.name)
-    earlier = processed.read(section.name) if section_path.exists() and patches_path.exists() else None
+    section_path = processed.section_path(section.name)
+    patches_path = processed.patches_path(section.name)
+    earlier = None
+    if section_path.exists() and patches_path.exists():
+        earlier = processed.spots(section.name)
     with ThreadPoolExecutor(1) as thread:
         described = thread.submit(describe, dataset, section, files)
         adata = earlier or read_section(dataset, section, files)
     made_from = described.result()
-    if anew := not earlier or json.loads(earlier.uns["made_from"]) != made_from:
+    made_again = not earlier or json.loads(earlier.uns["made_from"]) != made_from
+    if made_again:
         if earlier:
             adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
@@ -120,22 +125,31 @@ def preprocess_section(dataset, section, raw, processed):
         with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
             thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches,
                                              scratch=processed.folder / f".{section.name}.slide.part")
+            adata.uns["patches_digest"] = patches_digest(np.load(patches, mmap_mode="r"))
             adata.uns["spatial"] = {section.name: {
                 "images": {"hires": thumbnail},
                 "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
                 "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
             write_h5ad(adata, h5ad)
-            for panel_type in ("hvg", "heg"):
-                drop_corrected(processed, section.name, panel_type)  # it was made from what is replaced now
+            for panel_type in ("hvg", "heg"):  # these were made from what is replaced now
+                processed.corrected_path(section.name, panel_type).unlink(missing_ok=True)
     picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.jpg"
-    if anew or not picture.exists():
+    if made_again or not picture.exists():
         with DRAWING:
             figures.spots_over_slide(adata, section.name, picture)
-    return {"section": section.name, "donor": section.donor, "role": section.role, "n_spots": adata.n_obs,
-            "n_genes": adata.n_vars, "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"],
-            "patch_px": dataset.patch_px, "crop_px": int(adata.uns["crop_px"]), "padded": int(adata.uns["padded"]),
-            "image": files["image"].name,
-            "sha256": " ".join(f"{name}:{digest}" for name, digest in made_from["files"].items())}
+    return {
+        "section": section.name, "donor": section.donor, "role": section.role, "n_spots": adata.n_obs,
+        "n_genes": len(processed.genes(section.name)),
+        "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"],
+        "patch_px": dataset.patch_px, "crop_px": int(adata.uns["crop_px"]),
+        "padded": int(adata.uns["padded"]), "image": files["image"].name,
+        "digest": section_digest(adata.uns["made_from"]),
+        "sha256": " ".join(f"{name}:{digest}" for name, digest in made_from["files"].items())}
+
+
+def section_digest(made_from):
+    """A short name for what a section was made from: its raw files and the settings."""
+    return hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
 
 def describe(dataset, section, files):
@@ -220,36 +234,26 @@ def microns_per_pixel(section, adata, positions_path, pitch_um=Dataset.pitch_um)
         raise InputError(f"{positions_path}: {error}. Check that this is the section's own position file") from None
 
 
-def write_panel(dataset, processed, genes, panel_type, protocol):
-    """Choose one panel and write it by gene id. In the strict protocol the query sections choose nothing."""
-    choosing = [s.name for s in dataset.sections if protocol == "paper" or s.role == "reference"]
-    n_top = dataset.n_hvg if panel_type == "hvg" else dataset.n_heg
-    panel = expression.choose_panel(panel_type, {name: genes[name] for name in choosing}, n_top,
-                                    present_in=[table.index for table in genes.values()])
-    panel.insert(1, "marker", panel["symbol"].isin(dataset.markers))
-    how = {"type": panel_type, "protocol": protocol, "sections": choosing, "n_top": n_top,
-           "ranked_by": "normalised dispersion" if panel_type == "hvg" else "mean log-normalised expression",
-           "markers": list(dataset.markers),
-           "markers_not_in_panel": sorted(set(dataset.markers) - set(panel["symbol"]))}
-    with atomic_path(processed.panel_path(run_name(panel_type, protocol))) as path, open(path, "w") as file:
-        file.write(f"# {json.dumps(how)}\n")
-        panel.to_csv(file)
-        if protocol == "paper":
-            for section in dataset.sections:
-                drop_corrected(processed, section.name, panel_type)  # its columns are those of the panel replaced now
+def write_panel(dataset, processed, genes, kind, protocol):
+    """Choose one panel and write it. In the strict protocol the query sections choose nothing."""
+    choosing = [section.name for section in dataset.sections
+                if protocol == "paper" or section.role == "reference"]
+    n_top = dataset.n_hvg if kind == "hvg" else dataset.n_heg
+    panel = choose_panel(kind, {name: genes[name] for name in choosing}, n_top,
+                         [table.index for table in genes.values()], dataset.markers, protocol)
+    panel.write(processed.panel_path(kind, protocol))
+    if protocol == "paper":
+        write_corrected(dataset, processed, panel)
 
 
-def drop_corrected(processed, section, panel_type):
-    """Remove corrected expression that no longer fits, so that no later stage takes it for today's."""
-    processed.corrected_path(section, run_name(panel_type, "paper")).unlink(missing_ok=True)
-
-
-def write_corrected(dataset, processed, panel_type):
-    """Harmony-correct the panel's expression over all sections, as published, and write one file a section."""
-    name = run_name(panel_type, "paper")
-    panel = processed.panel(name)
-    corrected = expression.harmonise({section.name: processed.expression(section.name, panel_type, panel)
-                                      for section in dataset.sections})
-    for section, matrix in corrected.items():
-        with atomic_path(processed.corrected_path(section, name)) as path, open(path, "wb") as file:
-            np.save(file, matrix)
+def write_corrected(dataset, processed, panel):
+    """Harmony-correct the panel's expression over all sections, as published: one file per section."""
+    paths = {section.name: processed.corrected_path(section.name, panel.kind)
+             for section in dataset.sections}
+    for path in paths.values():
+        path.unlink(missing_ok=True)  # its columns are those of an earlier panel
+    own = replace(panel, protocol="strict")  # the section's own values, before any correction
+    corrected = expression.harmonise({section: processed.expression(section, own) for section in paths})
+    for section, path in paths.items():
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, corrected[section])

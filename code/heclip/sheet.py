@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from . import preprocess, slide, sources
-from .dataset import ROOT, Section, first_line
-from .files import InputError
+from .dataset import ROOT, Section
+from .files import InputError, first_line
 
 NEEDED = ["section", "counts", "donor", "role"]
 KNOWN = [*NEEDED, "image", "positions", "mpp", "pitch", "scale", "bin"]
