@@ -64,8 +64,10 @@ def drawn(monkeypatch, adata, genes):
 
 DRAW = {
     "spots": lambda path: spots_over_slide(section(lattice()), "S1", path),
-    "maps": lambda path: expression_maps(section(lattice()), [("G0", "best"), ("G2", "median")], path),
-    "predicted maps": lambda path: predicted_maps(section(lattice()), [("G0", "marker"), ("G2", "")], path),
+    "maps": lambda path: expression_maps(section(lattice()), [("G0", "best"), ("G2", "median")],
+                                         path),
+    "predicted maps": lambda path: predicted_maps(section(lattice()),
+                                                  [("G0", "marker"), ("G2", "")], path),
 }
 
 
@@ -81,9 +83,11 @@ def test_the_same_input_gives_the_same_bytes(what, suffix, tmp_path):
     assert [path.name for path in first.parent.iterdir()] == [first.name]
 
 
-def test_a_umap_gives_the_same_bytes_twice_and_shows_every_point_in_its_groups_colour(tmp_path, monkeypatch):
+def test_a_umap_gives_the_same_bytes_twice_and_shows_every_point_in_its_groups_colour(
+        tmp_path, monkeypatch):
     kept, save = [], figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, path: (kept.append(figure), save(figure, path)))
+    monkeypatch.setattr(figures, "_save",
+                        lambda figure, path: (kept.append(figure), save(figure, path)))
     for name in ("first", "second"):
         umap_figure(clusters(), tmp_path / f"{name}.png", title="demo heg: image embeddings")
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
@@ -93,8 +97,10 @@ def test_a_umap_gives_the_same_bytes_twice_and_shows_every_point_in_its_groups_c
     blue, orange = (matplotlib.colors.to_rgb(named) for named in figures.GROUP_COLOURS[:2])
     assert (colour.count(blue), colour.count(orange)) == (18, 12)
     distance = ((xy[:, None] - xy[None]) ** 2).sum(axis=2) + 1e9 * np.eye(30)
-    assert [colour[nearest] for nearest in distance.argmin(axis=1)] == colour  # the two groups lie far apart
-    assert [text.get_text() for text in kept[0].legends[0].get_texts()] == ["query (n = 18)", "reference (n = 12)"]
+    # the two groups lie far apart
+    assert [colour[nearest] for nearest in distance.argmin(axis=1)] == colour
+    assert [text.get_text()
+            for text in kept[0].legends[0].get_texts()] == ["query (n = 18)", "reference (n = 12)"]
 
 
 def test_too_few_points_for_a_umap_are_an_error_that_counts_them(tmp_path):
@@ -121,24 +127,29 @@ def test_a_figure_that_fails_leaves_no_file(what, tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [(600, 300), (300, 600)])
 @pytest.mark.parametrize("place", [(0.75, 0.25), (0.3, 0.8)])
 @pytest.mark.parametrize("shrink", [1, 2])
-def test_a_spots_circle_lies_on_its_place_in_the_slide_at_its_true_size(size, place, shrink, tmp_path):
+def test_a_spots_circle_lies_on_its_place_in_the_slide_at_its_true_size(
+        size, place, shrink, tmp_path):
     # The thumbnail shows a magenta disc where the spot is, so the ring must run around it in the right half.
     x, y, radius = size[0] * place[0], size[1] * place[1], 30
     row, column = np.mgrid[:size[1] // shrink, :size[0] // shrink] * shrink + (shrink - 1) / 2 + 0.5
     image = np.full((*row.shape, 3), 255, np.uint8)
     image[(column - x) ** 2 + (row - y) ** 2 < radius**2] = MAGENTA
-    spots_over_slide(section([(x, y)], size, shrink, 2 * radius, image), "S1", tmp_path / "spots.png")
+    spots_over_slide(section([(x, y)], size, shrink, 2 * radius, image), "S1",
+                     tmp_path / "spots.png")
 
     picture = read(tmp_path / "spots.png")
     red, green, blue = np.moveaxis(picture, 2, 0)
-    disc, ring = (red > 200) & (green < 60) & (blue > 200), (green > 110) & (red < 60) & (blue < 110)
+    disc, ring = (red > 200) & (green < 60) & (blue > 200), (green > 110) & (red < 60) & (
+        blue < 110)
     middle = picture.shape[1] // 2
     assert not ring[:, :middle].any()  # the left picture is bare ...
     assert disc[:, :middle].any()
     disc[:, :middle] = False
     inner, outer = box(disc), box(ring)
-    pixel = 200 * 5 / max(size) * shrink  # of the thumbnail, in the picture's pixels: 5 inches at 200 dpi
-    np.testing.assert_allclose(inner[:2] + inner[2:], outer[:2] + outer[2:], rtol=0, atol=2 * pixel + 2)
+    # of the thumbnail, in the picture's pixels: 5 inches at 200 dpi
+    pixel = 200 * 5 / max(size) * shrink
+    np.testing.assert_allclose(inner[:2] + inner[2:], outer[:2] + outer[2:], rtol=0,
+                               atol=2 * pixel + 2)
     assert np.abs(inner - outer).max() <= pixel + 4
 
 
@@ -164,7 +175,8 @@ def test_every_spot_is_drawn_and_so_is_one_beyond_the_slide(monkeypatch):
 @pytest.mark.parametrize("genes", [1, 2, 7, 10, 12])
 def test_every_gene_is_drawn_measured_beside_predicted_with_its_own_values(genes, monkeypatch):
     adata = section(lattice(), genes=12)
-    order = [(f"G{g}", f"caption {g}") for g in np.random.default_rng(genes).permutation(12)[:genes]]
+    order = [(f"G{g}", f"caption {g}")
+             for g in np.random.default_rng(genes).permutation(12)[:genes]]
     figure, maps = drawn(monkeypatch, adata, order)
     assert [label for label, _ in maps] == ["measured", "predicted"] * genes
     for (gene, _), (_, measured), (_, predicted) in zip(order, maps[::2], maps[1::2], strict=True):
@@ -182,19 +194,21 @@ def test_every_gene_is_drawn_measured_beside_predicted_with_its_own_values(genes
 @pytest.mark.parametrize("genes", range(1, 13))
 def test_the_maps_lie_on_the_page_and_none_over_another(genes, monkeypatch):
     figure, _ = drawn(monkeypatch, section(lattice()[:9]), [("G0", "")] * genes)
-    places = np.array([axes.get_position().extents for axes in figure.axes])  # (n, 4): left, bottom, right, top
+    # (n, 4): left, bottom, right, top
+    places = np.array([axes.get_position().extents for axes in figure.axes])
     assert len(places) == 1 + 3 * genes  # the slide; two maps and a colour bar for each gene
     assert places.min() >= 0
     assert places.max() <= 1
-    across = np.minimum(places[:, None, 2:], places[None, :, 2:]) - np.maximum(places[:, None, :2], places[None, :, :2])
+    across = np.minimum(places[:, None, 2:],
+                        places[None, :, 2:]) - np.maximum(places[:, None, :2], places[None, :, :2])
     overlap = (across > 1e-9).all(axis=2)
     assert overlap.sum() == len(places)  # each with itself alone
 
 
 @pytest.mark.parametrize("genes", [1, 7])
 def test_maps_of_few_and_many_genes_are_written(genes, tmp_path):
-    expression_maps(section(lattice(), genes=7), [(f"G{g}", "best · r = 0.50") for g in range(genes)],
-                    tmp_path / "maps.png")
+    expression_maps(section(lattice(), genes=7),
+                    [(f"G{g}", "best · r = 0.50") for g in range(genes)], tmp_path / "maps.png")
     picture = read(tmp_path / "maps.png")
     assert (np.ptp(picture, axis=2) > 60).mean() > 0.01  # coloured spots
 
@@ -232,7 +246,8 @@ def test_a_constant_gene_is_drawn_too(value, tmp_path):
 
 def test_a_gene_outside_the_panel_is_a_key_error_that_names_it(tmp_path):
     with pytest.raises(KeyError, match="not in this panel of 3 genes: G7, G9"):
-        expression_maps(section(lattice()), [("G1", ""), ("G7", ""), ("G9", "")], tmp_path / "maps.pdf")
+        expression_maps(section(lattice()), [("G1", ""), ("G7", ""), ("G9", "")],
+                        tmp_path / "maps.pdf")
     assert not list(tmp_path.iterdir())
 
 
@@ -244,7 +259,8 @@ def drawn_without_truth(monkeypatch, adata, genes):
     kept = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
     predicted_maps(adata, genes, "unused.pdf")
-    return kept[0], [axes.collections[0] for axes in kept[0].axes if axes.images and axes.collections]
+    return kept[0], [axes.collections[0] for axes in kept[0].axes if axes.images
+                     and axes.collections]
 
 
 def test_every_gene_is_drawn_in_its_own_colours_where_the_slide_has_its_spots(monkeypatch):
@@ -255,7 +271,8 @@ def test_every_gene_is_drawn_in_its_own_colours_where_the_slide_has_its_spots(mo
     for spots, gene in zip(maps, ("G3", "G1"), strict=True):
         values = adata.obs_vector(gene)
         np.testing.assert_array_equal(spots.get_array(), values)
-        assert (spots.norm.vmin, spots.norm.vmax) == tuple(np.percentile(values, [1, 99], method="nearest"))
+        assert (spots.norm.vmin,
+                spots.norm.vmax) == tuple(np.percentile(values, [1, 99], method="nearest"))
         np.testing.assert_allclose(spots.get_offsets(), adata.obsm["spatial"] * 0.005)  # mm
         assert spots.get_widths()[0] == pytest.approx(60 * 0.005)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -269,11 +286,12 @@ def test_the_predicted_maps_lie_on_the_page_and_none_over_another(genes, monkeyp
     assert len(places) == 1 + 2 * genes  # the slide; a map and a colour bar for each gene
     assert places.min() >= 0
     assert places.max() <= 1
-    across = np.minimum(places[:, None, 2:], places[None, :, 2:]) - np.maximum(places[:, None, :2], places[None, :, :2])
+    across = np.minimum(places[:, None, 2:],
+                        places[None, :, 2:]) - np.maximum(places[:, None, :2], places[None, :, :2])
     assert (across > 1e-9).all(axis=2).sum() == len(places)
 
 
 def test_spots_too_small_for_their_colour_to_show_are_drawn_to_touch(monkeypatch):
-    _, maps = drawn_without_truth(monkeypatch, section(lattice(200, 200), size=(12000, 10000), shrink=50, diameter=10),
-                                  [("G0", "")])
+    _, maps = drawn_without_truth(monkeypatch, section(lattice(200, 200), size=(12000, 10000),
+                                                       shrink=50, diameter=10), [("G0", "")])
     assert maps[0].get_widths()[0] == pytest.approx(1.1 * 50 * 0.005)

@@ -1,4 +1,4 @@
-"""Training over several processes, and training that is killed: both must end where one undisturbed process would."""
+"""Training on several processes, and training that is killed: both end as one undisturbed process."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from test_scripts import TRAIN, prepare
+from makers import TRAIN, prepare
 
 import main
 from heclip.dataset import Run
@@ -24,14 +24,15 @@ main.main(sys.argv[1:])
 
 
 def start(project, flags, processes=1, code=STEPS, wrapper=None):
-    """Run `code` with these flags on one process, or under torchrun, written to the file `wrapper`, on several."""
+    """Run `code` with these flags: one process, or several under torchrun from the file `wrapper`."""
     launch = [sys.executable, "-c", code]
     if processes > 1:
         wrapper.write_text(code)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                  str(wrapper)]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                  str(processes), str(wrapper)]
     env = {**os.environ, "PYTHONPATH": str(project / "code"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *map(str, flags)], capture_output=True, text=True, timeout=200, env=env)
+    return subprocess.run([*launch, *map(str, flags)], capture_output=True, text=True, timeout=200,
+                          env=env)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,8 @@ def test_two_processes_train_as_one(small, project, tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(small, project, tmp_path):
-    done = start(project, [*small, "--batch_size", "15", "--save_path", tmp_path], 2, wrapper=tmp_path / "wrapper.py",
+    done = start(project, [*small, "--batch_size", "15", "--save_path", tmp_path], 2,
+                 wrapper=tmp_path / "wrapper.py",
                  code="import main; from heclip import command; command.run(main.main)")
     assert done.returncode != 0
     assert "--batch_size 15 cannot be shared equally by 2 processes" in done.stderr
@@ -110,8 +112,8 @@ import main
 
 save = main.save_progress
 
-def save_and_arm(path, model, optimiser, losses, facts):
-    save(path, model, optimiser, losses, facts)
+def save_and_arm(path, trained, optimiser, losses):
+    save(path, trained, optimiser, losses)
     if len(losses) == 2:
         main.random_turns = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
