@@ -1,4 +1,4 @@
-"""Rows stay with their spots, validation tissue apart from training tissue, pixels as pretrained."""
+"""Rows stay with their spots, validation apart from training tissue, pixels as pretrained."""
 
 from itertools import combinations
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ DEVICES = ["cpu", pytest.param(
 
 
 class Lattice:
-    """The part of `Spots` that a split reads: sections of rows x columns spots, some at the same coordinates."""
+    """The part of `Spots` that a split reads: sections of rows x columns spots."""
 
     def __init__(self, shapes, pitch=40):
         sections, xy = [], []
@@ -52,7 +52,7 @@ class Lattice:
 
 
 def share_a_pixel(a, b, size):
-    """Whether the patches around two centres, [x - size/2, x + size/2) on both axes, have a pixel in common."""
+    """Whether the patches around two centres, [x - size/2, x + size/2) on both axes, overlap."""
     return all(set(range(p - size // 2, p - size // 2 + size))
                & set(range(q - size // 2, q - size // 2 + size)) for p, q in zip(a, b, strict=True))
 
@@ -394,7 +394,7 @@ def test_patches_are_resized_as_pillow_resizes_them():
                                atol=0.01)
 
 
-# ------------------------------------------------------------------------------ stain, blue first, several views
+# -------------------------------------------------------------- stain, blue first, several views
 
 
 def test_mixing_is_the_weighted_mean_with_the_row_half_a_batch_further():
@@ -466,8 +466,9 @@ def test_views_are_that_many_different_symmetries_averaged_the_patch_itself_firs
     embeddings = encode_patches(model, Patches([array], CPU), torch.arange(3), 2, views)
     with torch.inference_mode():
         for row, patch in zip(embeddings, array, strict=True):
-            each = torch.stack([model.encode_image(to_pixels(torch.from_numpy(one.copy())[None], model.config))[0]
-                                for one in symmetries(patch)])  # (8, 8), the patch itself first
+            every = torch.from_numpy(np.stack(symmetries(patch)))
+            each = torch.stack([model.encode_image(to_pixels(one[None], model.config))[0]
+                                for one in every])  # (8, 8), the patch itself first
             means = [each[[0, *others]].mean(dim=0)
                      for others in combinations(range(1, 8), views - 1)]
             # some choice of that many

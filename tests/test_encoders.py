@@ -22,7 +22,7 @@ ARGUMENTS = {"init_values": 1e-5, "dynamic_img_size": True, "img_size": 112}
 
 
 def write_encoder(folder, seed=0, architecture="test_vit", arguments=ARGUMENTS, **facts):
-    """An encoder as timm saves it for a hub: config.json, model.safetensors. Returns its network."""
+    """An encoder as timm saves it for a hub: config.json, model.safetensors. Returns the network."""
     torch.manual_seed(seed)
     network = timm.create_model(architecture, num_classes=0, **arguments).eval()
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,8 @@ def save(path, model, frozen=None):
     """Write the checkpoint of a model of five genes."""
     settings = Training(encoder=HUB, colour_jitter=0.0, freeze=frozen is not None)
     panel = panel_of(*"ABCDE", kind=model.config.kind)
-    save_checkpoint(path, Trained(model, settings, panel, {"A": "digest"}, 256, 100.0, frozen=frozen))
+    reference = {"A": "digest"}
+    save_checkpoint(path, Trained(model, settings, panel, reference, 256, 100.0, frozen=frozen))
 
 
 def same(one, other):
@@ -105,7 +106,7 @@ def test_an_encoder_that_cannot_be_found_is_an_error_that_names_it(hub, name):
         configure(name, "heg", 5, 256)
 
 
-# ------------------------------------------------------------------------------ a checkpoint of a frozen one
+# ---------------------------------------------------------------- a checkpoint of a frozen encoder
 
 
 def frozen_checkpoint(path):
@@ -147,7 +148,7 @@ def test_a_hub_that_has_lost_it_is_an_error_that_names_the_encoder(hub, tmp_path
 @pytest.mark.parametrize(("arguments", "size", "kept"), [
     ({}, 96, {"img_size": 96}),  # built for the size
     ({"dynamic_img_size": True}, 96, {"dynamic_img_size": True}),  # takes any
-    ({"dynamic_img_size": True}, None, {"dynamic_img_size": True}),  # learnt its own, not the patch's
+    ({"dynamic_img_size": True}, None, {"dynamic_img_size": True}),  # its own, not the patch's
 ])
 def test_a_transformer_takes_the_size_it_is_given(arguments, size, kept):
     config = configure("test_vit", "heg", 5, 256, size, encoder_args=arguments)
@@ -172,7 +173,7 @@ def test_a_size_that_the_encoder_cannot_take_is_an_error():
         configure("test_vit", "heg", 5, 256, 100, encoder_args={"dynamic_img_size": True})
 
 
-# ------------------------------------------------------------------------------ outputs, and layers by name
+# ------------------------------------------------------------------- outputs, and layers by name
 
 
 def test_tokens_become_the_class_token_next_to_the_mean_of_the_patches():

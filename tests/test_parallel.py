@@ -1,4 +1,4 @@
-"""Training on several processes, and training that is killed: both end as one undisturbed process."""
+"""Training on several processes, and training that is killed, end as one undisturbed process."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import main
 from heclip.dataset import Run
 from heclip.files import InputError, sha256
 
-# One step a batch of all ranks, without what differs by design: batch norm (test_vit has none) and dropout.
+# Without what differs between ranks by design: batch norm (test_vit has none) and dropout.
 STEPS = """
 import functools, sys
 import main, heclip.model
@@ -24,7 +24,7 @@ main.main(sys.argv[1:])
 
 
 def start(project, flags, processes=1, code=STEPS, wrapper=None):
-    """Run `code` with these flags: one process, or several under torchrun from the file `wrapper`."""
+    """Run `code` with these flags: one process, or several by torchrun from the file `wrapper`."""
     launch = [sys.executable, "-c", code]
     if processes > 1:
         wrapper.write_text(code)

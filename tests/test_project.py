@@ -25,8 +25,8 @@ def test_constraints_pin_every_dependency(project):
 
 def test_every_file_that_the_readme_names_exists(project):
     readme = (project / "README.md").read_text()
-    for path in re.findall(r"\]\(([^)#:]+)\)",
-                           readme) + re.findall(r"python ((?:code|GSE)/\w+\.py)", readme):
+    linked = re.findall(r"\]\(([^)#:]+)\)", readme)
+    for path in linked + re.findall(r"python ((?:code|GSE)/\w+\.py)", readme):
         assert (project / path).exists(), path
 
 

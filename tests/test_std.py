@@ -46,12 +46,13 @@ def test_the_trio_is_genes_x_spots_with_ids_symbols_and_kinds(tmp_path):
                     for gene, symbol in zip(ids, symbols, strict=True)]
     header = (tmp_path / "matrix.mtx").read_text().splitlines()
     assert header[0] == "%%MatrixMarket matrix coordinate integer general"
-    assert next(line for line in header
-                if not line.startswith("%")) == f"5 7 {np.count_nonzero(counts)}"
+    size = next(line for line in header if not line.startswith("%"))
+    assert size == f"5 7 {np.count_nonzero(counts)}"
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(
-    path.read_bytes()[:900])], ids=["missing", "truncated"])
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:900])],
+    ids=["missing", "truncated"])
 def test_a_bad_h5_writes_nothing(tmp_path, damage):
     path = write_h5(tmp_path / NAME, *a_matrix())
     damage(path)
