@@ -22,7 +22,7 @@ ARGUMENTS = {"init_values": 1e-5, "dynamic_img_size": True, "img_size": 112}
 
 
 def write_encoder(folder, seed=0, architecture="test_vit", arguments=ARGUMENTS, **facts):
-    """An encoder as timm saves it for a hub: config.json, model.safetensors. Returns the network."""
+    """An encoder as timm saves it for a hub: a config.json, a model.safetensors. Returns it."""
     torch.manual_seed(seed)
     network = timm.create_model(architecture, num_classes=0, **arguments).eval()
     folder.mkdir(parents=True, exist_ok=True)

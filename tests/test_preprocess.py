@@ -21,7 +21,8 @@ from test_slide import an_image, obvious_patches
 from test_sources import write_h5, write_mtx, write_positions
 
 import preprocess_spatialLIBD_1
-from heclip import expression
+from heclip import expression, figures, slide, sources
+from heclip import preprocess as preprocess_module
 from heclip.dataset import Dataset, Processed, Section
 from heclip.files import InputError, sha256
 from heclip.preprocess import preprocess
@@ -321,11 +322,81 @@ def section_files(root, name):
             if Path(path).name in (f"{name}.h5ad", f"{name}.patches.npy")}
 
 
-def test_an_unchanged_section_is_not_made_again(copy):
+def files_of_all(root):
+    return {name: section_files(root, name) for name in SECTIONS}
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The files whose counts were read, in a list that grows."""
+    paths, original = [], sources.read_counts
+    monkeypatch.setattr(sources, "read_counts", lambda path: paths.append(path) or original(path))
+    return paths
+
+
+def test_an_unchanged_section_is_not_read_and_not_made_again(copy, read, monkeypatch):
     root, raw = copy
-    before = {name: section_files(root, name) for name in SECTIONS}
+    before, table = files_of_all(root), Processed("tiny").sections()
+    monkeypatch.setattr(slide, "open_slide", pytest.fail)
+    monkeypatch.setattr(figures, "spots_over_slide", pytest.fail)
     run(raw)
-    assert before == {name: section_files(root, name) for name in SECTIONS}
+    assert read == []
+    assert before == files_of_all(root)
+    pd.testing.assert_frame_equal(Processed("tiny").sections(), table)
+
+
+def test_a_section_that_changed_is_read_once(copy, read):
+    root, raw = copy
+    rewrite_counts(raw)
+    run(raw)
+    assert read == [counts_file(raw, "A1")]
+    shutil.rmtree(root)
+    run(raw)
+    assert sorted(read[1:]) == sorted(counts_file(raw, name) for name in SECTIONS)
+
+
+def test_files_of_an_older_format_are_made_again(copy, read, monkeypatch):
+    root, raw = copy
+    before, table = files_of_all(root), Processed("tiny").sections()
+    monkeypatch.setattr(preprocess_module, "FORMAT", preprocess_module.FORMAT + 1)
+    run(raw)
+    assert sorted(read) == sorted(counts_file(raw, name) for name in SECTIONS)
+    for name in SECTIONS:
+        after = section_files(root, name)
+        assert all(after[path][1] > when for path, (_, when) in before[name].items())
+        made_from = json.loads(Processed("tiny").spots(name).uns["made_from"])
+        assert made_from["format"] == preprocess_module.FORMAT
+    assert not (Processed("tiny").sections()["digest"] == table["digest"]).any()
+
+
+def test_a_section_of_the_first_format_is_made_again_and_the_others_are_not(copy, read):
+    """Version 1 kept no digest of the patches: nothing may be read from such a file."""
+    root, raw = copy
+    path = root / "GSE/tiny/processed/A1.h5ad"
+    adata = anndata.read_h5ad(path)
+    del adata.uns["patches_digest"]
+    adata.uns["made_from"] = json.dumps(json.loads(adata.uns["made_from"]) | {"format": 1})
+    adata.write_h5ad(path)
+    before = files_of_all(root)
+    run(raw)
+    assert read == [counts_file(raw, "A1")]
+    assert (section_files(root, "B1"), section_files(root, "C1")) == (before["B1"], before["C1"])
+    assert len(Processed("tiny").patches("A1")) == 24
+
+
+def test_the_digest_of_a_section_names_what_it_was_made_from(copy):
+    _, raw = copy
+    before = Processed("tiny").sections()["digest"]
+    assert before.is_unique
+    rewrite_image(raw)
+    run(raw)
+    after = Processed("tiny").sections()["digest"]
+    assert (after == before).tolist() == [False, True, True]
+    run(raw, patch_px=8)
+    assert not (Processed("tiny").sections()["digest"] == after).any()
+    Image.fromarray(raw_section("A1")[2]).save(image_file(raw, "A1"))
+    run(raw)
+    pd.testing.assert_series_equal(Processed("tiny").sections()["digest"], before)
 
 
 def rewrite_counts(raw):
