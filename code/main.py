@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import math
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +101,8 @@ def train(settings: Training, run: Run) -> History:
     # Model. `model` is the network with gradients averaged over the ranks, if there are several.
     network = build(settings, panel, int(table["patch_px"].iloc[0]), spots.expression[training.to(device)])
     network.to(device, memory_format=torch.channels_last)
-    trained = Trained(network, settings, panel, table["digest"].to_dict(),
+    asked = replace(settings, resume=False, overwrite=False)  # not what the model is, but this call
+    trained = Trained(network, asked, panel, table["digest"].to_dict(),
                       int(table["patch_px"].iloc[0]), float((table["crop_px"] * table["mpp"]).mean()))
     if settings.compile or (settings.compile is None and device.type == "cuda" and not settings.freeze):
         network.image_encoder.compile()
