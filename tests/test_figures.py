@@ -21,7 +21,7 @@ MAGENTA = (255, 0, 255)
 
 
 def section(xy, size=(600, 300), shrink=2, diameter=60, image=None, genes=3, seed=0):
-    """A section on a slide of `size` = width x height pixels, with a thumbnail 1 / `shrink` of it."""
+    """A section on a slide of `size` = width x height pixels, with a thumbnail `shrink` times smaller."""
     rng = np.random.default_rng(seed)
     xy = np.array(xy, float)
     values = rng.gamma(1, 1, (len(xy), genes)).astype(np.float32)
@@ -350,7 +350,8 @@ def test_calibration_shows_the_measures_that_there_are(obs, var, shown, monkeypa
         tenths = np.stack(axes.lines[0].get_data(), axis=1)
         assert len(tenths) == 10
         lowest = np.argsort(value)[:4]  # of 40 spots
-        np.testing.assert_allclose(tenths[0], [value[lowest].mean(), error[lowest].mean()], rtol=1e-5)
+        first = [value[lowest].mean(), error[lowest].mean()]
+        np.testing.assert_allclose(tenths[0], first, rtol=1e-5)
     if var:
         points = panels[-1].collections[0].get_offsets()
         np.testing.assert_allclose(points, adata.var[["expected_pearson", "pearson"]])
@@ -361,5 +362,6 @@ def test_calibration_draws_nothing_where_nothing_is_known(monkeypatch):
 
 
 def test_calibration_is_written_and_takes_fewer_spots_than_tenths(tmp_path):
-    calibration_figure(certain(section(lattice()[:3]), BOTH, EXPECTED), tmp_path / "calibration.png")
+    few = certain(section(lattice()[:3]), BOTH, EXPECTED)
+    calibration_figure(few, tmp_path / "calibration.png")
     assert (tmp_path / "calibration.png").stat().st_size > 1000
