@@ -51,6 +51,7 @@ def kept(processed, section, config, weights):
         features = np.load(place / f"{section}.npy", mmap_mode="r")
     except (OSError, ValueError, EOFError):  # absent, or spoilt: it can be made anew
         return None
+    processed.patches(section)  # an error, unless they were made together with the expression
     # Hashing reads gigabytes that are not needed otherwise (1 GB/s measured): size and time of the file are trusted
     # where they are the same. Where they are not, as after a copy to another disk, its contents decide.
     patches = processed.patches_path(section)

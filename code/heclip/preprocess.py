@@ -241,6 +241,9 @@ def write_panel(dataset, processed, genes, kind, protocol):
     n_top = dataset.n_hvg if kind == "hvg" else dataset.n_heg
     panel = choose_panel(kind, {name: genes[name] for name in choosing}, n_top,
                          [table.index for table in genes.values()], dataset.markers, protocol)
+    if protocol == "paper":
+        for section in dataset.sections:  # first: their columns are those of the panel replaced now
+            processed.corrected_path(section.name, kind).unlink(missing_ok=True)
     panel.write(processed.panel_path(kind, protocol))
     if protocol == "paper":
         write_corrected(dataset, processed, panel)
@@ -250,8 +253,6 @@ def write_corrected(dataset, processed, panel):
     """Harmony-correct the panel's expression over all sections, as published: one file per section."""
     paths = {section.name: processed.corrected_path(section.name, panel.kind)
              for section in dataset.sections}
-    for path in paths.values():
-        path.unlink(missing_ok=True)  # its columns are those of an earlier panel
     own = replace(panel, protocol="strict")  # the section's own values, before any correction
     corrected = expression.harmonise({section: processed.expression(section, own) for section in paths})
     for section, path in paths.items():
