@@ -21,7 +21,7 @@ MAGENTA = (255, 0, 255)
 
 
 def section(xy, size=(600, 300), shrink=2, diameter=60, image=None, genes=3, seed=0):
-    """A section on a slide of `size` = width x height pixels, with a thumbnail `shrink` times smaller."""
+    """A section on a slide of `size` = width x height pixels, its thumbnail 1 / `shrink` of it."""
     rng = np.random.default_rng(seed)
     xy = np.array(xy, float)
     values = rng.gamma(1, 1, (len(xy), genes)).astype(np.float32)

@@ -154,6 +154,16 @@ def test_patches_that_were_only_copied_are_known_by_their_contents(processed, mo
     assert computed(processed, a_model(), monkeypatch) == 0
 
 
+def test_kept_features_do_not_hide_that_patches_were_not_made_with_the_expression(processed):
+    make(processed, a_model())
+    patches = processed.patches_path("A").read_bytes()
+    write_section(processed, "A", 7, seed=1)
+    processed.patches_path("A").write_bytes(patches)
+    model = a_model()
+    with pytest.raises(InputError, match="were not made together"):
+        kept(processed, "A", model.config, digest(model.image_encoder))
+
+
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), SystemExit(143), OSError(errno.ENOSPC, "No space left")])
 def test_writing_that_is_stopped_leaves_no_file(processed, error, monkeypatch):

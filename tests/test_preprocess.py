@@ -25,6 +25,7 @@ from heclip import command, expression, figures, slide, sources
 from heclip import preprocess as preprocess_module
 from heclip.dataset import Dataset, Processed, Section
 from heclip.files import InputError, sha256
+from heclip.panel import Panel
 from heclip.preprocess import preprocess
 
 # ------------------------------------------------------- a tiny data set, arranged as published
@@ -345,6 +346,16 @@ def test_an_unchanged_section_is_not_read_and_not_made_again(copy, read, monkeyp
     pd.testing.assert_frame_equal(Processed("tiny").sections(), table)
 
 
+def test_a_picture_that_was_removed_is_drawn_again_without_reading_counts(copy, read):
+    root, raw = copy
+    picture = root / "figure/QC/tiny/B1.jpg"
+    before = picture.read_bytes()
+    picture.unlink()
+    run(raw)
+    assert read == []
+    assert picture.read_bytes() == before
+
+
 def test_a_section_that_changed_is_read_once(copy, read):
     root, raw = copy
     rewrite_counts(raw)
@@ -505,6 +516,20 @@ def test_corrected_expression_of_another_panel_is_not_left_when_the_correction_f
     monkeypatch.setattr(expression, "harmonise", fails)
     with pytest.raises(KeyboardInterrupt):
         run(raw, "--protocol", "paper", n_hvg=5)
+    assert written(root) == FILES - {f"{name}.hvg_paper.npy" for name in SECTIONS}
+
+
+def test_a_panel_is_never_replaced_while_the_expression_of_the_earlier_one_is_there(
+        copy, monkeypatch):
+    root, raw = copy
+
+    def fails(panel, path):
+        if panel.protocol == "paper":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Panel, "write", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(raw, "--protocol", "paper")
     assert written(root) == FILES - {f"{name}.hvg_paper.npy" for name in SECTIONS}
 
 
