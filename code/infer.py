@@ -2,10 +2,11 @@
 
     python code/infer.py --dataset GSE240429 --type heg
 
-reads GSE/<dataset>/processed and the model that main.py wrote, or --checkpoint (one of HECLIP's authors
-too). It embeds every section into ebd/, retrieves for each query patch its nearest reference spots, and
-writes <type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json to save/<dataset>/, and maps, UMAPs
-and calibration to figure/. With --image it predicts a slide that has no expression instead.
+reads GSE/<dataset>/processed and the model that main.py wrote, or --checkpoint (one of HECLIP's
+authors too). It embeds every section into ebd/, retrieves for each query patch its nearest
+reference spots, and writes <type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json to
+save/<dataset>/, and maps, UMAPs and calibration to figure/. With --image it predicts a slide that
+has no expression instead.
 """
 
 import argparse
@@ -256,7 +257,8 @@ def the_one(held_out, processed):
 
 
 def with_panel(trained, processed, sections, panel_file):
-    """A published model with the genes that it is taken to have. Raises InputError by their number."""
+    """A published model with the genes that it is taken to have. Raises InputError by their
+    number."""
     settings, n_genes = trained.settings, trained.network.config.n_genes
     panel = processed.panel(settings.type, settings.protocol, sections)
     if panel_file:
@@ -285,7 +287,7 @@ def check_replaceable(path, trained, query, overwrite):
                          "--save_path DIR, or replace it with --overwrite")
 
 
-# -------------------------------------------------------------------------------- 2. and 3. predict, score
+# ------------------------------------------------------------------------- 2. and 3. predict, score
 
 
 def columns(trained, how, predicted, prefix=""):
@@ -323,7 +325,8 @@ def untrained_model(trained):
 
 
 def score_all(job, predictions, spots, reference_expression):
-    """Scores of every prediction, and per gene of the first: (name -> score -> number, DataFrame)."""
+    """Scores of every prediction, and per gene of the first: (name -> score -> number,
+    DataFrame)."""
     panel, truth = job.trained.panel, job.expression[job.query]
     ranked_on = truth if panel.protocol == "paper" else reference_expression
     summaries, genes = {}, None
@@ -340,16 +343,16 @@ def score_all(job, predictions, spots, reference_expression):
     return summaries, genes
 
 
-# ---------------------------------------------------------------------------------- 4. and 5. write, draw
+# ---------------------------------------------------------------------------- 4. and 5. write, draw
 
 
 def as_anndata(job, spots, predicted, reference, genes):
     """The prediction as AnnData, spots x panel, ready for scanpy and squidpy.
 
-    X predicted and layers["true"] measured, both log-normalised. obs: what is known of each spot, and
-    how far to trust it (see `Predicted.certainty`). var: symbol, marker, the correlation that the gene
-    reached, and expected_pearson, which it reached on the validation spots before the query was looked
-    at. uns["heclip"]: JSON of the model, the query, and how it was predicted.
+    X predicted and layers["true"] measured, both log-normalised. obs: what is known of each spot,
+    and how far to trust it (see `Predicted.certainty`). var: symbol, marker, the correlation that
+    the gene reached, and expected_pearson, which it reached on the validation spots before the
+    query was looked at. uns["heclip"]: JSON of the model, the query, and how it was predicted.
     """
     reached = genes[genes.columns.intersection(["Pearson", "expected_pearson"])]
     about = {"query": job.query, "reference": job.sections, "how": asdict(job.how),
@@ -387,7 +390,8 @@ def write_results(job, result, genes, summaries):
 
 
 def print_scores(job, summaries):
-    """The results table: one row per score, one column per prediction; the one on disk comes first."""
+    """The results table: one row per score, one column per prediction; the one on disk comes
+    first."""
     names = {"gene": "gene retrieval", "image": "image retrieval", "both": "both retrievals",
              "untrained gene": "untrained, gene", "untrained image": "untrained, image",
              "random": "random spots"}
@@ -424,11 +428,12 @@ def draw(job, result, genes, reference):
     print(f"scores in {run.scores}; figures in {run.figure('MAP').parents[1]}: MAP, CAL, EBD, EXP")
 
 
-# --------------------------------------------------------------------------- a slide without expression
+# ----------------------------------------------------------------------- a slide without expression
 
 
 def predict_slide(args):
-    """What --image does: predict, write <name>_slide_<slide>_prediction.h5ad, and draw two figures."""
+    """What --image does: predict, write <name>_slide_<slide>_prediction.h5ad, and draw two
+    figures."""
     trained = read_model(args)
     run = Run(trained.settings.dataset, trained.name, args.save_path)
     name = args.name or Path(args.image).stem
@@ -460,7 +465,8 @@ def predict_slide(args):
 
 
 def genes_to_map(prediction):
-    """The dataset's markers, or else the genes whose predictions vary most: [(gene id, caption)]."""
+    """The dataset's markers, or else the genes whose predictions vary most: [(gene id,
+    caption)]."""
     markers = prediction.var_names[prediction.var["marker"]]
     if len(markers):
         return [(gene, "marker") for gene in markers]

@@ -47,21 +47,20 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=
                   batch_size=128, device="auto", compile=False, save_path=None, **how):
     """Predict a slide's expression from its image alone.
 
-    model: (dataset, "heg" or "hvg", with "_paper" where it applies), or the path of a checkpoint that
-    main.py wrote. The dataset's processed files must be there: the prediction is drawn from its
-    reference spots.
-    image: a whole slide, or a TIFF, JPEG or PNG. mpp: µm per full-resolution pixel, if the file does
-    not say. pitch: distance of neighbouring spots in µm; default: the reference's. positions: instead
-    of a lattice on the tissue, a position file that sources.read_positions knows, or such a table.
-    recipe, and retrieval, k, centre, views, smoothing: as in infer.py; default: those of the model's
-    recipe. name: of the slide in uns["spatial"]. save_path: as main.py's, where the model is given by
-    its dataset.
+    model: (dataset, "heg" or "hvg", with "_paper" where it applies), or the path of a checkpoint
+    that main.py wrote. The dataset's processed files must be there: the prediction is drawn from
+    its reference spots. image: a whole slide, or a TIFF, JPEG or PNG. mpp: µm per full-resolution
+    pixel, if the file does not say. pitch: distance of neighbouring spots in µm; default: the
+    reference's. positions: instead of a lattice on the tissue, a position file that
+    sources.read_positions knows, or such a table. recipe, and retrieval, k, centre, views,
+    smoothing: as in infer.py; default: those of the model's recipe. name: of the slide in
+    uns["spatial"]. save_path: as main.py's, where the model is given by its dataset.
 
-    Returns AnnData, spots x panel: X predicted log-normalised expression, float32; var symbol, marker;
-    obs in_tissue, array_row, array_col (of a lattice) and, but for a regression, similarity and spread
-    (see prediction.Predicted.certainty); obsm["spatial"] = (x, y) in full-resolution pixels;
-    uns["spatial"] as in a processed section; uns["heclip"], JSON of the model and how it predicted.
-    Warns where slide and reference differ in scale. Raises InputError.
+    Returns AnnData, spots x panel: X predicted log-normalised expression, float32; var symbol,
+    marker; obs in_tissue, array_row, array_col (of a lattice) and, but for a regression, similarity
+    and spread (see prediction.Predicted.certainty); obsm["spatial"] = (x, y) in full-resolution
+    pixels; uns["spatial"] as in a processed section; uns["heclip"], JSON of the model and how it
+    predicted. Warns where slide and reference differ in scale. Raises InputError.
     """
     run = Run(*model, save_path) if isinstance(model, tuple | list) else None
     trained = load_checkpoint(run.checkpoint if run else model)
@@ -78,8 +77,8 @@ def predict(adata, image, model, mpp=None, **options):
     """Predict at the spots of an AnnData with obsm["spatial"] = (x, y) in full-resolution pixels.
 
     Otherwise as `predict_slide`. Where neither the file nor `mpp` gives the µm per pixel,
-    uns["spatial"] does if it was written here. Returns another AnnData: its obs are those of `adata`,
-    with similarity and spread.
+    uns["spatial"] does if it was written here. Returns another AnnData: its obs are those of
+    `adata`, with similarity and spread.
     """
     if "spatial" not in adata.obsm:
         raise InputError(f'adata has no obsm["spatial"]: x and y of each spot in pixels of {image}')
@@ -105,7 +104,8 @@ def predict(adata, image, model, mpp=None, **options):
 
 def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=None, name=None,
                  batch_size=128, device="auto", compile=False):
-    """What `predict_slide` does, with a model at hand: a Trained, and how it predicts: a Predicting.
+    """What `predict_slide` does, with a model at hand: a Trained, and how it predicts: a
+    Predicting.
 
     run: where embeddings of the reference's images may be kept; None: they are made.
     """
@@ -161,7 +161,8 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
 
 
 def slide_identity(image):
-    """A name that tells a slide's file from another of the same name: by its size and both its ends."""
+    """A name that tells a slide's file from another of the same name: by its size and both its
+    ends."""
     size = Path(image).stat().st_size
     with open(image, "rb") as file:
         ends = file.read(FINGERPRINT)
@@ -171,7 +172,7 @@ def slide_identity(image):
     return f"{Path(image).name} ({digest[:12]})"
 
 
-# --------------------------------------------------------------------------------------- the reference
+# ------------------------------------------------------------------------------------ the reference
 
 
 @dataclass(frozen=True)
@@ -232,11 +233,12 @@ def image_embeddings(trained, processed, run, section, views, device, batch_size
     return embed_section(trained, processed, section, views, device, batch_size)
 
 
-# ------------------------------------------------------------------------------------------- the spots
+# ---------------------------------------------------------------------------------------- the spots
 
 
 def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
-    """The spots of a lattice that lie on tissue. scale: thumbnail pixels per full-resolution pixel."""
+    """The spots of a lattice that lie on tissue. scale: thumbnail pixels per full-resolution
+    pixel."""
     tissue = wholeslide.find_tissue(thumbnail, mpp / scale)
     spots = wholeslide.lattice(slide.width, slide.height, pitch_um / mpp)
     share = wholeslide.share_on_tissue(spots, tissue, scale, spot_um / mpp)
@@ -248,7 +250,8 @@ def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
 
 
 def given_spots(positions):
-    """The spots under tissue of a position file, or of a table as sources.read_positions makes it."""
+    """The spots under tissue of a position file, or of a table as sources.read_positions makes
+    it."""
     is_table = isinstance(positions, pd.DataFrame)
     spots = positions if is_table else sources.read_positions(positions)
     spots = spots[spots["in_tissue"]]
@@ -258,7 +261,7 @@ def given_spots(positions):
     return spots
 
 
-# ----------------------------------------------------------------------------------------- SpatialData
+# -------------------------------------------------------------------------------------- SpatialData
 
 
 def to_spatialdata(prediction):

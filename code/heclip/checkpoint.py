@@ -29,14 +29,14 @@ class Trained:
     """A model, and what it was trained on. Raises nothing: see `check` for what it may be used on.
 
     network: HECLIP; None where only its embeddings are at hand. settings: how it was trained.
-    panel: its genes; None for a published checkpoint, which does not name them.
-    reference: section -> digest of what the section was made from; None where that is unknown.
-    patch_px, patch_um: side of the patches it saw, in stored pixels and in microns of tissue (the mean
-    over its sections; None where that is unknown).
-    epoch: the epoch that was kept. validation: Pearson correlation per gene that the model reached on
-    the validation spots, (G,), before the query was looked at; None without validation spots.
-    frozen: for an encoder that was not trained, {"weights": digest, "hub": its name on a hub or None}.
-    digest: names the weights and the way pixels are prepared. path: where it was read from.
+    panel: its genes; None for a published checkpoint, which does not name them. reference: section
+    -> digest of what the section was made from; None where that is unknown. patch_px, patch_um:
+    side of the patches it saw, in stored pixels and in microns of tissue (the mean over its
+    sections; None where that is unknown). epoch: the epoch that was kept. validation: Pearson
+    correlation per gene that the model reached on the validation spots, (G,), before the query was
+    looked at; None without validation spots. frozen: for an encoder that was not trained,
+    {"weights": digest, "hub": its name on a hub or None}. digest: names the weights and the way
+    pixels are prepared. path: where it was read from.
     """
 
     network: HECLIP | None
@@ -136,19 +136,20 @@ def library_versions():
 
 
 def model_digest(network):
-    """SHA-256 over the weights and the config, which says how pixels are prepared. Hexadecimal text."""
+    """SHA-256 over the weights and the config, which says how pixels are prepared. Hexadecimal
+    text."""
     config = json.dumps(asdict(network.config), sort_keys=True)
     return hashlib.sha256(f"{config} {digest(network)}".encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------ saving, loading
+# ---------------------------------------------------------------------------------- saving, loading
 
 
 def save_checkpoint(path, trained):
     """Write a model with all that `load_checkpoint` needs to check its use.
 
-    A frozen encoder from a hub is left out: it may be large, and its terms may forbid passing it on. It
-    is found again by its name, and recognised by its digest.
+    A frozen encoder from a hub is left out: it may be large, and its terms may forbid passing it
+    on. It is found again by its name, and recognised by its digest.
     """
     network = trained.network
     described = replace(trained, digest=model_digest(network), versions=library_versions())
@@ -200,7 +201,8 @@ def network_from_hub(trained):
 
 
 def read(path):
-    """The contents of a file that was saved here, or by the published code. ValueError if damaged."""
+    """The contents of a file that was saved here, or by the published code. ValueError if
+    damaged."""
     if wrong := zipfile.ZipFile(path).testzip():  # torch does not look at the checksums it writes
         raise ValueError(f"the checksum of {wrong} is wrong")
     saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -209,11 +211,12 @@ def read(path):
     return saved
 
 
-# ------------------------------------------------------------------------------ published checkpoints
+# ---------------------------------------------------------------------------- published checkpoints
 
 
 def is_published(saved):
-    """Whether this is a state dict of the published code, by a layer that it saves but never uses."""
+    """Whether this is a state dict of the published code, by a layer that it saves but never
+    uses."""
     unused = ("spot_encoder.model.bias", "well_encoder.model.bias")
     return isinstance(saved, dict) and any(
         key.endswith(unused) for key in saved if isinstance(key, str))
@@ -222,8 +225,9 @@ def is_published(saved):
 def load_published(weights, path):
     """A Trained from a state dict of the published code (QSong-github/HECLIP).
 
-    Its entries tell its type and number of genes; nothing tells its genes and sections. ResNet-50, fed
-    as it was trained: 256 px, blue-green-red, 0 to 255. Raises an error on missing or other entries.
+    Its entries tell its type and number of genes; nothing tells its genes and sections. ResNet-50,
+    fed as it was trained: 256 px, blue-green-red, 0 to 255. Raises an error on missing or other
+    entries.
     """
     weights = {key.replace("module.", "").replace("well", "spot"): value
                for key, value in weights.items()}
@@ -243,11 +247,12 @@ def load_published(weights, path):
                    digest=model_digest(network), path=path)
 
 
-# ---------------------------------------------------------------------------- stopping and continuing
+# -------------------------------------------------------------------------- stopping and continuing
 
 
 def save_progress(path, trained, optimiser, losses):
-    """Write all that the next epoch depends on: weights, optimiser, scores so far, and whose they are."""
+    """Write all that the next epoch depends on: weights, optimiser, scores so far, and whose they
+    are."""
     network = trained.network
     weights = heads(network) if trained.frozen else network.state_dict()
     with atomic_path(path) as temporary:
@@ -256,10 +261,11 @@ def save_progress(path, trained, optimiser, losses):
 
 
 def load_progress(path, trained, optimiser):
-    """Fill model and optimiser with the state after the last finished epoch; return the scores so far.
+    """Fill model and optimiser with the state after the last finished epoch; return the scores so
+    far.
 
-    Raises InputError unless the run had the same data, panel and settings. Only the number of epochs
-    may differ, and that not under a schedule that ends with them.
+    Raises InputError unless the run had the same data, panel and settings. Only the number of
+    epochs may differ, and that not under a schedule that ends with them.
     """
     network = trained.network
     free = () if trained.settings.schedule == "cosine" else ("max_epochs",)
@@ -280,7 +286,8 @@ def load_progress(path, trained, optimiser):
 
 
 def changes(earlier, trained, free=()):
-    """In words, what makes `trained` another model than `earlier`: settings, panel, sections, encoder."""
+    """In words, what makes `trained` another model than `earlier`: settings, panel, sections,
+    encoder."""
     changed = trained.settings.differences(earlier.settings, free)
     if list(earlier.panel.ids) != list(trained.panel.ids):
         changed.append(f"its panel differs ({len(earlier.panel)} genes, now {len(trained.panel)})")
@@ -320,7 +327,8 @@ def only_facts(saved):
 
 
 def saved_digest(path):
-    """The digest of the model in a checkpoint, without reading its weights; None if there is none."""
+    """The digest of the model in a checkpoint, without reading its weights; None if there is
+    none."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["digest"]
     except Exception:  # absent, damaged or a published one

@@ -13,7 +13,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main):
-    """Call `main()` as a script: a user's mistake ends in one line and exit code 1, without traceback."""
+    """Call `main()` as a script: a user's mistake ends in one line and exit code 1, without
+    traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: half-written files are removed
     try:
         main()

@@ -1,7 +1,8 @@
-"""The image-centric contrastive loss, and the losses it is compared with: pure functions of a batch's embeddings.
+"""The image-centric contrastive loss, and the losses it is compared with: pure functions of a
+batch's embeddings.
 
-All take image and expression embeddings, (B, D) each, and the temperature T, and return a scalar, computed in float32
-whatever the embeddings' type.
+All take image and expression embeddings, (B, D) each, and the temperature T, and return a scalar,
+computed in float32 whatever the embeddings' type.
 """
 
 import torch
@@ -12,9 +13,9 @@ def image_centric_loss(image, expression, temperature=1.0):
     """HECLIP's loss: each image finds its expression; images that look alike share their targets.
 
     With unnormalised embeddings I (`image`) and E (`expression`), both (B, D), and temperature T:
-    logits = I Eᵀ / T, targets = softmax over rows of I Iᵀ / T, loss_i = - sum_j targets_ji log softmax(logits_i)_j.
-    As published, the targets are transposed (their rows need not sum to 1) and gradients flow through them.
-    Returns the mean over i.
+    logits = I Eᵀ / T, targets = softmax over rows of I Iᵀ / T, loss_i = - sum_j targets_ji log
+    softmax(logits_i)_j. As published, the targets are transposed (their rows need not sum to 1) and
+    gradients flow through them. Returns the mean over i.
     """
     with torch.autocast(image.device.type, enabled=False):
         image, expression = image.float(), expression.float()
@@ -24,7 +25,8 @@ def image_centric_loss(image, expression, temperature=1.0):
 
 
 def clip_loss(image, expression, temperature):
-    """Each image finds its expression and each expression its image, by cosine (Radford et al., ICML 2021)."""
+    """Each image finds its expression and each expression its image, by cosine (Radford et al.,
+    ICML 2021)."""
     with torch.autocast(image.device.type, enabled=False):
         logits = F.normalize(image.float(), dim=1) @ F.normalize(expression.float(), dim=1).T / temperature  # (B, B)
         own = torch.arange(len(logits), device=logits.device)
@@ -34,8 +36,8 @@ def clip_loss(image, expression, temperature):
 def bleep_loss(image, expression, temperature=1.0):
     """Both directions, with targets smoothed by how alike the images and the expressions are.
 
-    logits = E Iᵀ / T, targets = softmax over rows of (I Iᵀ + E Eᵀ) / 2 · T; the mean of the cross-entropies of the rows
-    and of the columns (Xie et al., NeurIPS 2023).
+    logits = E Iᵀ / T, targets = softmax over rows of (I Iᵀ + E Eᵀ) / 2 · T; the mean of the
+    cross-entropies of the rows and of the columns (Xie et al., NeurIPS 2023).
     """
     with torch.autocast(image.device.type, enabled=False):
         image, expression = image.float(), expression.float()

@@ -48,7 +48,8 @@ class Panel:
         return run_name(self.kind, self.protocol)
 
     def write(self, path):
-        """Write it as CSV by gene id; the first line says how and by which sections it was chosen."""
+        """Write it as CSV by gene id; the first line says how and by which sections it was
+        chosen."""
         absent = sorted(set(self.markers) - set(self.genes["symbol"]))
         how = {"type": self.kind, "protocol": self.protocol, "sections": list(self.sections),
                "n_top": self.n_top, "ranked_by": IN_WORDS[self.kind], "markers": list(self.markers),
@@ -78,11 +79,11 @@ def read_panel(path):
 def choose_panel(kind, genes, n_top, present_in=(), markers=(), protocol="strict"):
     """The union over sections of each section's top genes (Li et al. call these HVG and HEG).
 
-    kind: "hvg" ranks by normalised dispersion, over all genes; "heg" by mean log-normalised expression,
-    over the genes that are expressed in every section. genes: section -> its `var` table (see
-    `expression.gene_statistics`). present_in: further lists of gene ids that must hold a gene, by name
-    only: those of the query, which must not choose. Genes are in the order of the first section.
-    Raises InputError if no gene is left.
+    kind: "hvg" ranks by normalised dispersion, over all genes; "heg" by mean log-normalised
+    expression, over the genes that are expressed in every section. genes: section -> its `var`
+    table (see `expression.gene_statistics`). present_in: further lists of gene ids that must hold a
+    gene, by name only: those of the query, which must not choose. Genes are in the order of the
+    first section. Raises InputError if no gene is left.
     """
     first = next(iter(genes.values()))
     candidates = first.index

@@ -1,9 +1,9 @@
 """Every setting of training and prediction: its meaning, its default, and the recipes.
 
-Each field of `Training` is a flag of main.py. Each field of `Predicting` is a flag of infer.py. A recipe
-is one instance of each: `heclip` is ours, `published` is HECLIP as released, for both of its types, and
-`clip`, `bleep` and `regression` are methods to compare with. LAB.md has the experiments behind the
-numbers. This module imports nothing heavy, so that a wrong flag is answered at once.
+Each field of `Training` is a flag of main.py. Each field of `Predicting` is a flag of infer.py. A
+recipe is one instance of each: `heclip` is ours, `published` is HECLIP as released, for both of its
+types, and `clip`, `bleep` and `regression` are methods to compare with. LAB.md has the experiments
+behind the numbers. This module imports nothing heavy, so that a wrong flag is answered at once.
 """
 
 import argparse
@@ -45,7 +45,8 @@ class Training:
         "strict", "strict: the query section chooses and corrects nothing; paper: panel and Harmony "
         "over all sections, as published (preprocess with it too)", choices=["strict", "paper"])
 
-    # The recipe. The gains are Pearson over all genes of MOB2 and MOB4, each predicted from the other.
+    # The recipe. The gains are Pearson over all genes of MOB2 and MOB4, each predicted from the
+    # other.
     recipe: str = flag(
         "heclip", "sets the loss and the flags from --temperature to --wd",
         choices=["heclip", "published", "clip", "bleep", "regression"])
@@ -197,8 +198,8 @@ PREDICTING = {
     "regression": AS_PUBLISHED,  # its views and smoothing; nothing is retrieved
 }
 
-# What --freeze changes in every recipe. Epochs take a moment each, colours cannot vary, and a second
-# loss would have no encoder to teach.
+# What --freeze changes in every recipe. Epochs take a moment each, colours cannot vary, and a
+# second loss would have no encoder to teach.
 FROZEN = {"colour_jitter": 0.0, "mixup": 0.0, "expression_loss": 0.0, "max_epochs": 40}
 
 
