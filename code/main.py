@@ -66,7 +66,7 @@ VALIDATIONS = 5  # of a training, about
 class History(NamedTuple):
     """What training reports: a dict per epoch, its speed, and the number of training spots."""
 
-    losses: list  # dicts: epoch, train_loss, and with validation validation_loss, validation_pearson
+    losses: list  # dicts: epoch, train_loss; where validated, validation_loss, validation_pearson
     patches_per_second: list
     n_training: int
 
@@ -96,17 +96,19 @@ def train(settings: Training, run: Run) -> History:
     check_split(settings, split, table)
     batch_size = min(settings.batch_size, len(training) // world * world)
     if batch_size % world:
-        raise InputError(f"--batch_size {batch_size} cannot be shared equally by {world} processes. "
-                         "Choose a multiple")
-    say(f"{settings.dataset} {run.name}: {len(panel)} genes; {', '.join(reference)}: {len(training)} "
-        f"training and {len(validation)} validation spots{where_validated(spots, split)}")
+        raise InputError(f"--batch_size {batch_size} cannot be shared equally by {world} "
+                         "processes. Choose a multiple")
+    say(f"{settings.dataset} {run.name}: {len(panel)} genes; {', '.join(reference)}: "
+        f"{len(training)} training and {len(validation)} validation "
+        f"spots{where_validated(spots, split)}")
 
     # Model. `model` is the network with gradients averaged over the ranks, if there are several.
-    network = build(settings, panel, int(table["patch_px"].iloc[0]), spots.expression[training.to(device)])
+    patch_px, patch_um = int(table["patch_px"].iloc[0]), float(table.eval("crop_px * mpp").mean())
+    network = build(settings, panel, patch_px, spots.expression[training.to(device)])
     network.to(device, memory_format=torch.channels_last)
-    trained = Trained(network, settings, panel, table["digest"].to_dict(),
-                      int(table["patch_px"].iloc[0]), float((table["crop_px"] * table["mpp"]).mean()))
-    if settings.compile or (settings.compile is None and device.type == "cuda" and not settings.freeze):
+    trained = Trained(network, settings, panel, table["digest"].to_dict(), patch_px, patch_um)
+    by_itself = device.type == "cuda" and not settings.freeze
+    if settings.compile or (settings.compile is None and by_itself):
         network.image_encoder.compile()
         say("the encoder is compiled during the first epoch")
     model = parallel.distribute(network, device)
@@ -156,8 +158,8 @@ def train(settings: Training, run: Run) -> History:
         train_loss = total.item() / len(batches)
         if not math.isfinite(train_loss):
             raise InputError(f"the training loss of epoch {epoch} is {train_loss}: training has "
-                             f"diverged. Lower --lr (now {settings.lr}) or raise --temperature (now "
-                             f"{settings.temperature})")
+                             f"diverged. Lower --lr (now {settings.lr}) or raise --temperature "
+                             f"(now {settings.temperature})")
         speeds.append(len(batches) * batch_size / (time.perf_counter() - start))
         losses.append({"epoch": epoch, "train_loss": train_loss})
         report, is_best = f"epoch {epoch}: training loss {train_loss:.3f}", True
@@ -167,8 +169,8 @@ def train(settings: Training, run: Run) -> History:
             validation_loss, per_gene = validate(trained, spots, split, batch_size, ranks)
             score = mean_defined(per_gene)
             if math.isnan(score):
-                raise InputError(f"no gene varies over the {len(validation)} validation spots, so no "
-                                 "epoch can be called the best. Raise --val_fraction")
+                raise InputError(f"no gene varies over the {len(validation)} validation spots, so "
+                                 "no epoch can be called the best. Raise --val_fraction")
             losses[-1] |= {"validation_loss": validation_loss, "validation_pearson": score}
             is_best, best = score > best, max(score, best)
             trained.validation = per_gene.tolist()
@@ -204,8 +206,8 @@ def check_split(settings, split, table):
     if training < 2 or (settings.val_fraction and validation < 2):
         raise InputError(
             f"{training} training and {validation} validation spots are too few: with patches of "
-            f"{table['crop_px'].max()} px, --val_fraction {settings.val_fraction} leaves none apart. "
-            "Choose another")
+            f"{table['crop_px'].max()} px, --val_fraction {settings.val_fraction} leaves none "
+            "apart. Choose another")
 
 
 def where_validated(spots, split):
@@ -329,14 +331,15 @@ def validate(trained, spots, split, batch_size, ranks):
     loss = sum(loss_of(i, g, network.temperature).item() * len(i)
                for i, g in zip(image.split(batch_size), gene.split(batch_size), strict=True))
 
-    known, section = spots.expression[split.training.to(device)], spots.section[split.training.numpy()]
+    known = spots.expression[split.training.to(device)]
+    section = spots.section[split.training.numpy()]
     names, sizes = np.unique(section, return_counts=True)
     order = [name for name in trained.reference if name in names]
     embeddings = {"gene": network.encode_expression(known)}
     if how.retrieval != "gene" and not trained.is_regression:
         embeddings["image"] = embed(split.training)
-    reference = Reference(order, [int(sizes[names == name][0]) for name in order], known.cpu().numpy(),
-                          embeddings)
+    sizes = [int(sizes[names == name][0]) for name in order]
+    reference = Reference(order, sizes, known.cpu().numpy(), embeddings)
     section, xy = spots.section[split.validation.numpy()], spots.xy[split.validation.numpy()]
     truth, scores = truth.cpu().numpy(), []
     for rows in (np.flatnonzero(section == name) for name in dict.fromkeys(section)):

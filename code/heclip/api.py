@@ -64,13 +64,14 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=
     """
     run = Run(*model, save_path) if isinstance(model, tuple | list) else None
     trained = load_checkpoint(run.checkpoint if run else model)
-    if run and trained.reference and (run.dataset, run.name) != (trained.settings.dataset, trained.name):
-        raise InputError(f"{trained.path} was trained on {trained.settings.dataset} {trained.name}, not "
-                         f"on {run.dataset} {run.name}. Train again")
+    its_own = trained.settings.dataset, trained.name
+    if run and trained.reference and (run.dataset, run.name) != its_own:
+        raise InputError(f"{trained.path} was trained on {trained.settings.dataset} "
+                         f"{trained.name}, not on {run.dataset} {run.name}. Train again")
     return predict_with(
         trained, image, mpp, pitch=pitch, positions=positions, run=run, name=name,
-        how=predicting(recipe or trained.settings.recipe, how), batch_size=batch_size, device=device,
-        compile=compile)
+        how=predicting(recipe or trained.settings.recipe, how), batch_size=batch_size,
+        device=device, compile=compile)
 
 
 def predict(adata, image, model, mpp=None, **options):
@@ -87,8 +88,9 @@ def predict(adata, image, model, mpp=None, **options):
         raise InputError("adata has no spots")
     if not np.isfinite(xy).all():
         lacking = adata.obs_names[~np.isfinite(xy).all(axis=1)]
-        raise InputError(f'adata: obsm["spatial"] has no position for {len(lacking)} of {len(xy)} spots, '
-                         f"{lacking[0]} for one. Leave them out: adata[np.isfinite(...).all(axis=1)]")
+        raise InputError(
+            f'adata: obsm["spatial"] has no position for {len(lacking)} of {len(xy)} spots, '
+            f"{lacking[0]} for one. Leave them out: adata[np.isfinite(...).all(axis=1)]")
     spots = pd.DataFrame(xy, adata.obs_names, ["x", "y"]).assign(in_tissue=True)
     if mpp is None:
         with wholeslide.open_whole_slide(image) as slide:
@@ -110,8 +112,8 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
     run: where embeddings of the reference's images may be kept; None: they are made.
     """
     if trained.reference is None:
-        raise InputError(f"{trained.path} is a published checkpoint, which does not say what it was "
-                         "trained on: a slide without expression needs a model of main.py")
+        raise InputError(f"{trained.path} is a published checkpoint, which does not say what it "
+                         "was trained on: a slide without expression needs a model of main.py")
     if pitch is not None and not pitch > 0:
         raise InputError(f"--pitch {pitch}: expected the spots' distance in µm")
     processed = Processed(trained.settings.dataset)
@@ -123,8 +125,9 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
         crop = trained.patch_um / mpp
         if crop < trained.patch_px / 2:
             warnings.warn(
-                f"{image} has {mpp:.3g} µm a pixel, coarser than the reference: {crop:.0f} pixels are "
-                f"enlarged to {trained.patch_px}, without the detail that the model learnt from",
+                f"{image} has {mpp:.3g} µm a pixel, coarser than the reference: {crop:.0f} pixels "
+                f"are enlarged to {trained.patch_px}, without the detail that the model learnt "
+                "from",
                 stacklevel=3)
         thumbnail, scale = wholeslide.thumbnail(slide, mpp)
         if positions is None:
@@ -152,8 +155,8 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
         "scalefactors": {"tissue_hires_scalef": scale / shrink,
                          "spot_diameter_fullres": lattice.spot_um / mpp},
         "metadata": {"mpp": mpp, "source_image_path": Path(image).name}}
-    about = {"query": slide_identity(image), "reference": list(trained.reference), "how": asdict(how),
-             "unit": "log-normalised expression", "model": trained.facts()}
+    about = {"query": slide_identity(image), "reference": list(trained.reference),
+             "how": asdict(how), "unit": "log-normalised expression", "model": trained.facts()}
     return anndata.AnnData(
         predicted.expression, var=trained.panel.genes[["symbol", "marker"]],
         obs=spots.drop(columns=["x", "y"]).assign(**predicted.certainty(reference)),
@@ -202,8 +205,8 @@ def warn_of_widths(trained, processed):
     width = table["crop_px"] * table["mpp"]
     if width.max() > (1 + SAME_WIDTH) * width.min():
         sizes = ", ".join(f"{section} {size:.0f}" for section, size in width.items())
-        warnings.warn(f"the reference's patches differ in size ({sizes} µm); {trained.patch_um:.0f} µm "
-                      "are cropped", stacklevel=4)
+        warnings.warn(f"the reference's patches differ in size ({sizes} µm); "
+                      f"{trained.patch_um:.0f} µm are cropped", stacklevel=4)
 
 
 def read_reference(trained, processed, run, how, device, batch_size):
@@ -274,7 +277,8 @@ def to_spatialdata(prediction):
         from spatialdata.models import Image2DModel, ShapesModel, TableModel
         from spatialdata.transformations import Identity, Scale
     except ImportError:
-        raise InputError("the package spatialdata is not installed: pip install spatialdata") from None
+        raise InputError("the package spatialdata is not installed: pip install "
+                         "spatialdata") from None
     (library,) = prediction.uns["spatial"].values()
     factors = library["scalefactors"]
     table = prediction.copy()
@@ -289,7 +293,8 @@ def to_spatialdata(prediction):
         np.asarray(prediction.obsm["spatial"]), geometry=0,
         radius=factors["spot_diameter_fullres"] / 2, transformations={"global": Identity()})
     table = TableModel.parse(table, region="spots", region_key="region", instance_key="spot")
-    return SpatialData(images={"hires": picture}, shapes={"spots": circles}, tables={"table": table})
+    return SpatialData(images={"hires": picture}, shapes={"spots": circles},
+                       tables={"table": table})
 
 
 def write_spatialdata(prediction, folder):

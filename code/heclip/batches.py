@@ -14,7 +14,7 @@ from scipy.special import betaincinv
 from .command import autocast
 
 READERS = 4  # threads that read patches ahead of the model
-SYMMETRIES = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)  # (8, 3), see `augment`; the first is none
+SYMMETRIES = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)  # (8, 3), see `augment`
 
 
 class Spots:
@@ -48,14 +48,17 @@ class Patches:
         self.sections, self.device = sections, device
         self.ends = np.cumsum([len(patches) for patches in sections])
         self.resident = None
-        if device.type == "cuda" and sum(p.nbytes for p in sections) < torch.cuda.mem_get_info(device)[0] / 2:
-            self.resident = torch.cat([torch.from_numpy(np.array(p)).to(device) for p in sections])
+        size = sum(patches.nbytes for patches in sections)
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+            self.resident = torch.cat([torch.from_numpy(np.array(patches)).to(device)
+                                       for patches in sections])
 
     def where(self):
         """In words: where the patches are kept."""
         size = sum(patches.nbytes for patches in self.sections) / 1e6
         what = "patches" if self.sections[0].dtype == np.uint8 else "features"
-        return f"{size:,.0f} MB of {what} {'on the GPU' if self.resident is not None else 'read from disk as needed'}"
+        place = "read from disk as needed" if self.resident is None else "on the GPU"
+        return f"{size:,.0f} MB of {what} {place}"
 
     def read(self, index):
         """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3), or float16 (B, 8, F), on the CPU.
@@ -121,12 +124,14 @@ def split_window(xy, crop_px, fraction, seed):
     The spots whose patches share a pixel with a patch of this window are left out of both sides.
     Returns (training, validation), sorted indices.
     """
-    distance = np.abs(xy - xy[np.random.default_rng(seed).integers(len(xy))]).max(axis=1)  # a square
+    centre = xy[np.random.default_rng(seed).integers(len(xy))]
+    distance = np.abs(xy - centre).max(axis=1)  # the window is a square
     inside = np.zeros(len(xy), bool)
     inside[np.argsort(distance, kind="stable")[:round(fraction * len(xy))]] = True
     if not inside.any():
         return np.flatnonzero(~inside), np.flatnonzero(inside)
-    nearest, _ = cKDTree(xy[inside]).query(xy, p=np.inf)  # patches overlap below crop_px on both axes
+    # Patches overlap where their centres are closer than crop_px on both axes.
+    nearest, _ = cKDTree(xy[inside]).query(xy, p=np.inf)
     return np.flatnonzero(nearest >= crop_px), np.flatnonzero(inside)
 
 
@@ -145,9 +150,11 @@ def augment(patches, turns):
     of the one: (B, F).
     """
     if patches.ndim == 3:
-        which = (turns.long() * torch.tensor([4, 2, 1])).sum(dim=1).to(patches.device, non_blocking=True)
-        return patches[torch.arange(len(patches), device=patches.device), which]
-    flip_x, flip_y, swap = turns.to(patches.device, non_blocking=True).T[..., None, None, None]  # (B, 1, 1, 1) each
+        which = (turns.long() * torch.tensor([4, 2, 1])).sum(dim=1)
+        every = torch.arange(len(patches), device=patches.device)
+        return patches[every, which.to(patches.device, non_blocking=True)]
+    turns = turns.to(patches.device, non_blocking=True)
+    flip_x, flip_y, swap = turns.T[..., None, None, None]  # (B, 1, 1, 1) each
     patches = torch.where(flip_x, patches.flip(2), patches)
     patches = torch.where(flip_y, patches.flip(1), patches)
     return torch.where(swap, patches.transpose(1, 2), patches)
@@ -165,7 +172,8 @@ def stain(patches, stains, strength):
 
     Scanner and stain differ from section to section; what is to be learned does not.
     """
-    gain, offset = stains.to(patches.device, non_blocking=True).transpose(0, 1)[:, :, None, None]  # (B, 1, 1, 3) each
+    stains = stains.to(patches.device, non_blocking=True).transpose(0, 1)
+    gain, offset = stains[:, :, None, None]  # (B, 1, 1, 3) each
     return (patches * (1 + strength * gain) + 80 * strength * offset).clamp(0, 255)
 
 

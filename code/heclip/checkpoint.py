@@ -20,7 +20,7 @@ from .panel import Panel, run_name
 from .settings import TRAINING, Training
 
 FORMAT = 4
-LIBRARIES = ("torch", "timm", "numpy", "scanpy", "anndata")  # their versions are kept with the weights
+LIBRARIES = ("torch", "timm", "numpy", "scanpy", "anndata")  # whose versions are kept
 SAME_WIDTH = 0.1  # patches that differ by less, relatively, show tissue at the same scale
 
 
@@ -87,8 +87,8 @@ class Trained:
             raise InputError(f"{origin} was trained on {self.settings.dataset}, not on "
                              f"{processed.dataset}. Give its own --dataset, or train again")
         if query in self.reference:
-            raise InputError(f"{origin} was trained on {query}, which is now the query section. Name "
-                             "one that was held out with --query, or train again")
+            raise InputError(f"{origin} was trained on {query}, which is now the query section. "
+                             "Name one that was held out with --query, or train again")
         if absent := [section for section in self.reference if section not in table.index]:
             raise InputError(f"{origin} was trained on {', '.join(absent)}, which "
                              f"{processed.sections_path} lacks. Train again")
@@ -97,10 +97,10 @@ class Trained:
         if changed:
             first = table.loc[changed[0]]
             raise InputError(
-                f"{origin} was trained on patches of {self.patch_um:.0f} µm in {self.patch_px} px, and "
-                f"{', '.join(changed)} was made again since, of other files or settings: patches of "
-                f"{first['crop_px'] * first['mpp']:.0f} µm in {first['patch_px']} px. Preprocess as "
-                "before, or train again")
+                f"{origin} was trained on patches of {self.patch_um:.0f} µm in {self.patch_px} px, "
+                f"and {', '.join(changed)} was made again since, of other files or settings: "
+                f"patches of {first['crop_px'] * first['mpp']:.0f} µm in {first['patch_px']} px. "
+                "Preprocess as before, or train again")
         if query is not None and width_um is None:
             width_um = table.at[query, "crop_px"] * table.at[query, "mpp"]
         if width_um is not None and abs(width_um / self.patch_um - 1) > SAME_WIDTH:
@@ -156,7 +156,8 @@ def save_checkpoint(path, trained):
     from_hub = trained.frozen and trained.frozen["hub"]
     weights = heads(network) if from_hub else network.state_dict()
     with atomic_path(path) as temporary:
-        torch.save({"model": weights, "config": asdict(network.config), **described.facts()}, temporary)
+        torch.save({"model": weights, "config": asdict(network.config), **described.facts()},
+                   temporary)
 
 
 def heads(network):
@@ -169,8 +170,8 @@ def load_checkpoint(path):
     """Read a checkpoint: a Trained whose network is on the CPU and in evaluation mode."""
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} is missing. Train it with main.py, with the same --dataset, --type, "
-                         "--protocol and --save_path")
+        raise InputError(f"{path} is missing. Train it with main.py, with the same --dataset, "
+                         "--type, --protocol and --save_path")
     try:
         saved = read(path)
         if is_published(saved):
@@ -183,8 +184,8 @@ def load_checkpoint(path):
     except InputError:
         raise
     except Exception as error:  # a damaged file can fail anywhere
-        raise InputError(f"{path} is not a checkpoint of main.py, or is damaged ({first_line(error)}). "
-                         "Train again, or copy it again") from None
+        raise InputError(f"{path} is not a checkpoint of main.py, or is damaged "
+                         f"({first_line(error)}). Train again, or copy it again") from None
     network.eval()
     return trained
 
@@ -194,8 +195,8 @@ def network_from_hub(trained):
     network, name = trained.network, trained.frozen["hub"]
     load_encoder_weights(network.image_encoder, name, None, network.config.encoder_args)
     if digest(network.image_encoder) != trained.frozen["weights"]:
-        raise InputError(f"{trained.path} was trained on other weights of {name} than are found by that "
-                         "name now. Train again, or name the revision: --encoder "
+        raise InputError(f"{trained.path} was trained on other weights of {name} than are found by "
+                         "that name now. Train again, or name the revision: --encoder "
                          "hf-hub:<owner>/<name>@<revision>")
     return network.state_dict()
 
@@ -232,7 +233,8 @@ def load_published(weights, path):
     weights = {key.replace("module.", "").replace("well", "spot"): value
                for key, value in weights.items()}
     n_genes = len(weights["spot_encoder.model.bias"])
-    renamed = {"image_encoder.model.": "image_encoder.", "spot_projection.": "expression_projection.",
+    renamed = {"image_encoder.model.": "image_encoder.",
+               "spot_projection.": "expression_projection.",
                "image_projection.": "image_projection."}
     ours = {new + key.removeprefix(old): value for key, value in weights.items()
             for old, new in renamed.items() if key.startswith(old)}
@@ -243,8 +245,8 @@ def load_published(weights, path):
                                  std=(1 / 255,) * 3, bgr=True, embedding_dim=width))
     network.load_state_dict(ours)
     settings = replace(TRAINING["published"], type=kind)
-    return Trained(network.eval(), settings, panel=None, reference=None, patch_px=256, patch_um=None,
-                   digest=model_digest(network), path=path)
+    return Trained(network.eval(), settings, panel=None, reference=None, patch_px=256,
+                   patch_um=None, digest=model_digest(network), path=path)
 
 
 # -------------------------------------------------------------------------- stopping and continuing
@@ -295,8 +297,8 @@ def changes(earlier, trained, free=()):
         changed.append(f"its reference was {', '.join(earlier.reference)}, is "
                        f"{', '.join(trained.reference)}")
     elif earlier.reference != trained.reference:
-        changed.append(f"its sections were made again since: patches of {earlier.patch_um:.0f} µm, now "
-                       f"{trained.patch_um:.0f} µm, or other files or settings")
+        changed.append(f"its sections were made again since: patches of {earlier.patch_um:.0f} µm, "
+                       f"now {trained.patch_um:.0f} µm, or other files or settings")
     if earlier.frozen != trained.frozen:
         changed.append("its frozen encoder differs")
     return changed

@@ -76,13 +76,15 @@ class Dataset:
         names = [section.name for section in self.sections]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise InputError(f"dataset {self.name}: section {', '.join(twice)} is named twice; give each its own name")
+            raise InputError(f"dataset {self.name}: section {', '.join(twice)} is named twice; "
+                             "give each its own name")
         for section in self.sections:
             if section.role not in ("reference", "query"):
-                raise InputError(f"dataset {self.name}, section {section.name}: role {section.role!r} "
-                                 "is neither 'reference' nor 'query'")
+                raise InputError(f"dataset {self.name}, section {section.name}: role "
+                                 f"{section.role!r} is neither 'reference' nor 'query'")
         if not any(section.role == "reference" for section in self.sections):
-            raise InputError(f"dataset {self.name}: no section has the role 'reference': nothing to learn from")
+            raise InputError(f"dataset {self.name}: no section has the role 'reference': nothing "
+                             "to learn from")
 
     @property
     def raw(self):
@@ -105,7 +107,7 @@ class Processed:
         self.dataset = dataset
         self.folder = ROOT / "GSE" / dataset / "processed"
         self.sections_path = self.folder / "sections.csv"
-        self.command_path = self.folder / "command.txt"  # for datasets without a script of their own
+        self.command_path = self.folder / "command.txt"  # of datasets without a script
 
     def section_path(self, section):
         return self.folder / f"{section}.h5ad"
@@ -136,14 +138,14 @@ class Processed:
                            for script in SCRIPTS.glob("preprocess_*.py"))
             known.remove("custom")
             raise InputError(
-                f"{path} is missing, and no preprocess script is called {self.dataset}. --dataset takes "
-                f"{', '.join(known)}, or one that you make from a sample sheet: "
-                f"python code/preprocess_custom.py SHEET --name {self.dataset}")
+                f"{path} is missing, and no preprocess script is called {self.dataset}. --dataset "
+                f"takes {', '.join(known)}, or one that you make from a sample sheet: python "
+                f"code/preprocess_custom.py SHEET --name {self.dataset}")
         asks_for_paper = protocol == "paper" and " --protocol paper" not in self.command
         raise InputError(f"{path} is missing. Make it with: {self.command}"
                          + (" --protocol paper" if asks_for_paper else ""))
 
-    # ---------------------------------------------------------------------------------- the sections
+    # ------------------------------------------------------------------------------- the sections
 
     def sections(self):
         """The section table: index section; columns donor, role, n_spots, n_genes, mpp, patch_px,
@@ -241,11 +243,11 @@ class Processed:
         with self.opened(section) as file:
             made_with = file["uns/patches_digest"][()].decode()
         if patches_digest(patches) != made_with:
-            raise InputError(f"{path} and {self.section_path(section)} were not made together. Delete "
-                             f"both and run {self.command} again")
+            raise InputError(f"{path} and {self.section_path(section)} were not made together. "
+                             f"Delete both and run {self.command} again")
         return patches
 
-    # ------------------------------------------------------------------------------- panel, expression
+    # --------------------------------------------------------------------------- panel, expression
 
     def panel(self, kind, protocol="strict", reference=None):
         """The panel of that kind as on disk; if other sections than `reference` chose it, chosen
@@ -293,8 +295,9 @@ def read_columns(file, ids, rows=1024):
     place = pd.Index(anndata.io.read_elem(file["var"]).index).get_indexer(ids)
     if (place < 0).any():
         lacking = ids[place < 0]
-        raise InputError(f"{file.filename} lacks {len(lacking)} genes of the panel, {lacking[0]} first. "
-                         "The panel is another data set's, or the section was made again since")
+        raise InputError(f"{file.filename} lacks {len(lacking)} genes of the panel, {lacking[0]} "
+                         "first. The panel is another data set's, or the section was made again "
+                         "since")
     x = anndata.io.sparse_dataset(file["X"])
     blocks = [x[start:start + rows][:, place].toarray() for start in range(0, x.shape[0], rows)]
     return np.concatenate(blocks).astype(np.float32, copy=False)

@@ -28,7 +28,9 @@ def clip_loss(image, expression, temperature):
     """Each image finds its expression and each expression its image, by cosine (Radford et al.,
     ICML 2021)."""
     with torch.autocast(image.device.type, enabled=False):
-        logits = F.normalize(image.float(), dim=1) @ F.normalize(expression.float(), dim=1).T / temperature  # (B, B)
+        image = F.normalize(image.float(), dim=1)
+        expression = F.normalize(expression.float(), dim=1)
+        logits = image @ expression.T / temperature  # (B, B)
         own = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
@@ -42,7 +44,8 @@ def bleep_loss(image, expression, temperature=1.0):
     with torch.autocast(image.device.type, enabled=False):
         image, expression = image.float(), expression.float()
         logits = expression @ image.T / temperature  # (B, B)
-        targets = F.softmax((image @ image.T + expression @ expression.T) / 2 * temperature, dim=1)  # (B, B)
+        alike = (image @ image.T + expression @ expression.T) / 2
+        targets = F.softmax(alike * temperature, dim=1)  # (B, B)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets.T)) / 2
 
 
@@ -52,4 +55,5 @@ def regression_loss(predicted, expression, temperature=None):
         return F.mse_loss(predicted.float(), expression.float())
 
 
-LOSSES = {"image_centric": image_centric_loss, "clip": clip_loss, "bleep": bleep_loss, "regression": regression_loss}
+LOSSES = {"image_centric": image_centric_loss, "clip": clip_loss, "bleep": bleep_loss,
+          "regression": regression_loss}

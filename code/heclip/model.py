@@ -96,7 +96,9 @@ class HECLIP(nn.Module):
     @property
     def temperature(self):
         """Of the loss: a number, or a scalar tensor if it is learned."""
-        return self.log_temperature.exp() if self.config.learned_temperature else self.config.temperature
+        if self.config.learned_temperature:
+            return self.log_temperature.exp()
+        return self.config.temperature
 
     def encode_features(self, pixels):
         """The image encoder's features of standardised pixels (B, 3, S, S): (B, F)."""
@@ -124,7 +126,7 @@ def create_encoder(name, arguments, pretrained=False):
     arguments: of timm.create_model, plain values.
     """
     arguments = arguments | {"num_classes": 0}
-    if isinstance(arguments.get("mlp_layer"), str):  # timm looks up other layers by name, not this one
+    if isinstance(arguments.get("mlp_layer"), str):  # timm looks up other layers, but not this
         arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
     return timm.create_model(name, pretrained=pretrained, **arguments)
 
@@ -177,14 +179,15 @@ def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standar
         raise InputError(f"--encoder {encoder}: {first_line(error)}. {advice(encoder)}") from None
     tokens = output.ndim == 3 and getattr(network, "num_prefix_tokens", 0)
     if not (tokens or output.ndim == 2) or pool(network, output).shape[1] != n_features(network):
-        raise InputError(f"--encoder {encoder} gives {tuple(output.shape)} for 2 images, which is not a "
-                         """vector each. Let it pool: --encoder_args '{"global_pool": "avg"}'""")
+        raise InputError(f"--encoder {encoder} gives {tuple(output.shape)} for 2 images, which is "
+                         "not a vector each. Let it pool: "
+                         """--encoder_args '{"global_pool": "avg"}'""")
     raw = pixels == "raw_bgr"
     mean, std = (0.0,) * 3, (1 / 255,) * 3
     if not raw:
         mean, std = tuple(known["mean"]), tuple(known["std"])
-    return ModelConfig(kind, n_genes, architecture, size, mean, std, bgr=raw, encoder_args=arguments,
-                       **options)
+    return ModelConfig(kind, n_genes, architecture, size, mean, std, bgr=raw,
+                       encoder_args=arguments, **options)
 
 
 def known_architecture(encoder):
@@ -222,9 +225,9 @@ def load_encoder_weights(network, encoder, file=None, encoder_args=None):
             pretrained = create_encoder(encoder, encoder_args or {}, pretrained=True)
         except Exception as error:  # the hub's client raises many kinds
             raise InputError(
-                f"the pretrained weights of {encoder} could not be fetched ({first_line(error)}). Give "
-                "them as a local file with --encoder_weights FILE, or train from scratch with "
-                "--no-pretrained") from None
+                f"the pretrained weights of {encoder} could not be fetched ({first_line(error)}). "
+                "Give them as a local file with --encoder_weights FILE, or train from scratch "
+                "with --no-pretrained") from None
         network.load_state_dict(pretrained.state_dict())
         return
     wanted = network.state_dict()
@@ -239,10 +242,11 @@ def load_encoder_weights(network, encoder, file=None, encoder_args=None):
                          f"{expected}. Name its encoder with --encoder")
     # A deeper network of the family fits by name: resnet101 holds every entry of resnet50.
     parts = {key.split(".")[0] for key in wanted}
-    deeper = sorted(block for block in blocks(weights) - blocks(wanted) if block.split(".")[0] in parts)
+    deeper = sorted(block for block in blocks(weights) - blocks(wanted)
+                    if block.split(".")[0] in parts)
     if deeper:
-        raise InputError(f"{file} is not of a {encoder}, but of a deeper network: it holds {deeper[0]}. "
-                         "Name its encoder with --encoder")
+        raise InputError(f"{file} is not of a {encoder}, but of a deeper network: it holds "
+                         f"{deeper[0]}. Name its encoder with --encoder")
     network.load_state_dict({key: weights.get(key, value) for key, value in wanted.items()})
 
 
@@ -289,7 +293,8 @@ def read_weights(file):
             raise ValueError("it holds other things than tensors")
         return weights
     except Exception as error:  # both formats raise many kinds
-        raise InputError(f"{file} is not a state dict of encoder weights ({first_line(error)})") from None
+        raise InputError(f"{file} is not a state dict of encoder weights "
+                         f"({first_line(error)})") from None
 
 
 def pair_by_position(weights, wanted, file, encoder):

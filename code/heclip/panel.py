@@ -70,7 +70,8 @@ def read_panel(path):
         with open(path) as file:
             how = json.loads(file.readline().removeprefix("#"))
             genes = pd.read_csv(file, index_col="gene_id", keep_default_na=False)
-        return Panel(how["type"], how["protocol"], genes, how["sections"], how["n_top"], how["markers"])
+        return Panel(how["type"], how["protocol"], genes, how["sections"], how["n_top"],
+                     how["markers"])
     except (ValueError, KeyError) as error:
         raise InputError(f"{path} is not a panel that a preprocess script wrote "
                          f"({first_line(error)}). Run that script again") from None
@@ -103,9 +104,10 @@ def choose_panel(kind, genes, n_top, present_in=(), markers=(), protocol="strict
         table[f"rank_{name}"] = rank
     if not chosen.any():
         raise InputError(
-            f"the {kind} panel of {', '.join(genes)} is empty: they share {len(candidates)} candidate "
-            "genes. Check that all sections use the same gene ids")
-    return Panel(kind, protocol, table[chosen].rename_axis("gene_id"), list(genes), n_top, list(markers))
+            f"the {kind} panel of {', '.join(genes)} is empty: they share {len(candidates)} "
+            "candidate genes. Check that all sections use the same gene ids")
+    table = table[chosen].rename_axis("gene_id")
+    return Panel(kind, protocol, table, list(genes), n_top, list(markers))
 
 
 def given_panel(file, panel, genes):
@@ -117,8 +119,8 @@ def given_panel(file, panel, genes):
     try:
         table = pd.read_csv(file, comment="#", dtype=str, index_col=0, keep_default_na=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header, gene "
-                         "ids in the first column") from None
+        raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header, "
+                         "gene ids in the first column") from None
     ids = table.index
     missing = ids.difference(genes.index)
     if not len(ids):

@@ -34,7 +34,8 @@ def start(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     elif device.type != "cpu":
-        raise InputError(f"torchrun with --device {device.type}: several processes need GPUs or the CPU")
+        raise InputError(f"torchrun with --device {device.type}: several processes need GPUs or "
+                         "the CPU")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), world, device)
@@ -49,7 +50,8 @@ def distribute(model, device):
         import timm
 
         model = timm.layers.convert_sync_batchnorm(model)  # knows timm's own batch-norm layers
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    own = [device] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=own)
 
 
 class Gather(torch.autograd.Function):

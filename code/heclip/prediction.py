@@ -108,7 +108,8 @@ def embed_section(trained, processed, section, views, device, batch_size):
     if patches is None:
         patches = processed.patches(section)
     every = torch.arange(len(patches))
-    return encode_patches(network, Patches([patches], device), every, batch_size, views).cpu().numpy()
+    patches = Patches([patches], device)
+    return encode_patches(network, patches, every, batch_size, views).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -127,7 +128,8 @@ def embed_sections(trained, processed, expression, views, device, batch_size):
     bar = tqdm(expression.items(), desc="embed", unit="section", leave=False, disable=None)
     for section, values in bar:
         image = embed_section(trained, processed, section, views, device, batch_size)
-        embeddings[section] = {"image": image, "gene": embed_expression(trained.network, values, device)}
+        gene = embed_expression(trained.network, values, device)
+        embeddings[section] = {"image": image, "gene": gene}
     return embeddings
 
 
@@ -137,7 +139,8 @@ def reference_of(sections, expression, embeddings):
     return Reference(
         list(sections), [len(expression[section]) for section in sections],
         np.concatenate([expression[section] for section in sections]),
-        {kind: np.concatenate([embeddings[section][kind] for section in sections]) for kind in kinds})
+        {kind: np.concatenate([embeddings[section][kind] for section in sections])
+         for kind in kinds})
 
 
 # ------------------------------------------------------------------------------- embeddings on disk
@@ -151,8 +154,8 @@ def save_embeddings(run, trained, processed, embeddings, reference, views):
     """
     table = processed.sections()
     for section, by_kind in embeddings.items():
-        about = {"views": views, "section": table.at[section, "digest"], "reference": list(reference),
-                 "trained": trained.facts()}
+        about = {"views": views, "section": table.at[section, "digest"],
+                 "reference": list(reference), "trained": trained.facts()}
         with atomic_path(run.embeddings(section)) as path, open(path, "wb") as file:
             np.savez(file, **by_kind, barcode=processed.barcodes(section), about=json.dumps(about))
 
