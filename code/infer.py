@@ -28,7 +28,8 @@ from heclip.metrics import mean_defined, score, score_further
 from heclip.model import HECLIP, load_encoder_weights
 from heclip.prediction import predict_slide_command
 from heclip.recipes import PREDICTION
-from heclip.retrieval import average_expression, centre, random_spots, retrieve, smooth, spread
+from heclip.retrieval import average_expression, centre, random_spots, retrieve, spread
+from heclip.spots import smooth
 
 
 def parse(argv=None):

@@ -12,6 +12,8 @@ from scipy.ndimage import uniform_filter
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 
+from .spots import neighbours
+
 TOP_GENES = (1, 3, 5, 10, 50, 100)
 HIT_AT = (1, 2, 3, 4, 5)
 BLOCK = 256  # genes scored at a time: more would leave the processor's cache
@@ -158,18 +160,6 @@ def recall_at_k(prediction, truth, k):
     return float((p[:, :, None] == t[:, None, :]).any(axis=2).mean())
 
 
-def neighbour_graph(xy):
-    """Spots and their neighbours on the lattice: sparse (n, n), 1 or 0, symmetric, from the centres xy (n, 2).
-
-    Neighbours lie within 1.5 times the usual distance to the nearest spot: 6 on Visium, 8 on a square lattice.
-    """
-    tree = cKDTree(xy)
-    pitch = np.median(tree.query(xy, 2)[0][:, 1])
-    i, j = tree.query_pairs(1.5 * pitch, output_type="ndarray").T
-    n = len(xy)
-    return scipy.sparse.csr_matrix((np.ones(2 * len(i)), (np.r_[i, j], np.r_[j, i])), shape=(n, n))
-
-
 def morans_i(x, graph):
     """Spatial autocorrelation of each gene: (n, G), (n, n) weights -> (G,), about -1 to 1; NaN for a constant gene."""
     z = standardise(x)
@@ -226,7 +216,7 @@ def score_further(prediction, truth, spots, xy):
     if {"array_row", "array_col"} <= set(spots.columns):
         summary["SSIM, windows"] = mean_defined(windowed_ssim_per_gene(prediction, truth, spots["array_row"],
                                                                        spots["array_col"]))
-    graph = neighbour_graph(xy)
+    graph = neighbours(xy)
     predicted, measured = morans_i(prediction, graph), morans_i(truth, graph)
     both = np.isfinite(predicted) & np.isfinite(measured)
     if both.sum() > 1:

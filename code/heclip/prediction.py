@@ -25,8 +25,10 @@ from .checkpoint import check_fits, load_checkpoint
 from .dataset import Processed, Run, run_name
 from .files import InputError, atomic_path, write_h5ad
 from .recipes import PREDICTION
-from .retrieval import average_expression, centre, retrieve, smooth, spread
+from .retrieval import average_expression, centre, retrieve, spread
 from .slide import THUMBNAIL
+from .spots import array_of, lattice, smooth
+from .spots import pitch as spot_pitch
 
 MAPPED_GENES = 6  # where the dataset names no markers
 VISIUM_UM = 100  # of neighbouring spots, where the reference's lie on no lattice
@@ -164,9 +166,9 @@ def read_reference(processed, sections, name, panel):
         adata = processed.read(section)
         expression.append(processed.expression(section, name, panel, adata))
         (library,) = adata.uns["spatial"].values()
-        mpp, (x, y) = library["metadata"]["mpp"], adata.obsm["spatial"].T
+        mpp = library["metadata"]["mpp"]
         with suppress(ValueError, KeyError):  # spots that lie on no lattice
-            pitch_um.append(sources.spot_pitch(adata.obs.assign(x=x, y=y)) * mpp)
+            pitch_um.append(spot_pitch(adata.obsm["spatial"], array_of(adata.obs)) * mpp)
         spot_um.append(library["scalefactors"]["spot_diameter_fullres"] * mpp)
     return Reference(sections, np.concatenate(expression), [len(part) for part in expression],
                      int(table["patch_px"].iloc[0]), float(patch_um.mean()),
@@ -176,7 +178,7 @@ def read_reference(processed, sections, name, panel):
 def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
     """The lattice's spots that lie on tissue. `scale`: pixels of the thumbnail per full-resolution pixel."""
     tissue = wholeslide.find_tissue(thumbnail, mpp / scale)
-    spots = wholeslide.lattice(slide.width, slide.height, pitch_um / mpp)
+    spots = lattice(slide.width, slide.height, pitch_um / mpp)
     share = wholeslide.share_on_tissue(spots, tissue, scale, spot_um / mpp)
     spots = spots[share >= wholeslide.ON_TISSUE]
     if not len(spots):
