@@ -432,7 +432,7 @@ def test_windowed_ssim_equals_a_loop_over_windows(staggered, window):
     prediction, truth = smooth_genes(xy)
     prediction[:, 1] -= 2  # below zero too
     truth[:, 2] = 0.1
-    values = windowed_ssim_per_gene(prediction, truth, pd.Series(row), pd.Series(col), window)
+    values = windowed_ssim_per_gene(prediction, truth, np.column_stack([row, col]), window)
     place = col // 2 if staggered else col
     assert np.isnan(values[2])
     for gene in (0, 1, 3, 4):
@@ -443,12 +443,12 @@ def test_windowed_ssim_equals_a_loop_over_windows(staggered, window):
 def test_windowed_ssim_is_one_for_the_truth_and_sees_where_a_gene_is():
     row, col, xy = lattice()
     _, truth = smooth_genes(xy)
-    np.testing.assert_allclose(windowed_ssim_per_gene(truth, truth, row, col), 1)
+    np.testing.assert_allclose(windowed_ssim_per_gene(truth, truth, np.column_stack([row, col])), 1)
     shuffled = np.random.default_rng(0).permutation(len(row))  # of both alike: the global form cannot tell
     noisy = truth + np.random.default_rng(1).normal(0, 0.3, truth.shape)
     np.testing.assert_allclose(ssim_per_gene(noisy[shuffled], truth[shuffled]), ssim_per_gene(noisy, truth))
-    apart = windowed_ssim_per_gene(noisy[shuffled], truth[shuffled], row, col)
-    assert (np.abs(apart - windowed_ssim_per_gene(noisy, truth, row, col)) > 0.001).all()
+    apart = windowed_ssim_per_gene(noisy[shuffled], truth[shuffled], np.column_stack([row, col]))
+    assert (np.abs(apart - windowed_ssim_per_gene(noisy, truth, np.column_stack([row, col]))) > 0.001).all()
 
 
 def test_the_further_scores_are_those_of_their_functions():
@@ -465,12 +465,14 @@ def test_the_further_scores_are_those_of_their_functions():
         "Pearson per spot": gene_by_gene(slow_pearson, prediction.T, truth.T).mean(),
         "Spearman": gene_by_gene(slow_spearman, prediction, truth)[varying].mean(),
         "RMSE, log-normalised": np.sqrt(((prediction - truth) ** 2).mean(axis=0)).mean(),
-        "SSIM, windows": windowed_ssim_per_gene(prediction, truth, row, col)[varying].mean(),
+        "SSIM, windows": windowed_ssim_per_gene(prediction, truth, np.column_stack([row, col]))[varying].mean(),
         "Moran's I, r": slow_pearson(predicted, measured),
         "Moran's I, ratio": predicted.mean() / measured.mean(),
         **{f"recall@{k}": slow_recall(prediction, truth, k) for k in HIT_AT}}, abs=1e-10)
     without = score_further(prediction, truth, spots[["array_row"]], xy)
     assert without.keys() == summary.keys() - {"SSIM, windows"}
+    unknown = score_further(prediction, truth, spots * 0 - 1, xy)  # all would lie in one window
+    assert unknown == without
 
 
 @pytest.mark.filterwarnings("error")
