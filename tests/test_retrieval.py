@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from heclip.retrieval import average_expression, centre, random_spots, retrieve, smooth, spread
+from heclip.retrieval import average_expression, centre, random_spots, retrieve, spread
 
 
 def cosine(query, reference):
@@ -116,36 +116,3 @@ def test_what_shifts_all_of_a_section_changes_nothing_that_is_retrieved():
     np.testing.assert_array_equal(index_moved, index)
     np.testing.assert_allclose(similarity_moved, similarity, atol=1e-6)
     assert (retrieve(query + mean, np.concatenate(moved), 10)[0] != index).mean() > 0.5  # but for the centring
-
-
-def slow_smooth(prediction, xy, width):
-    distance = np.linalg.norm(xy[:, None] - xy, axis=2)
-    pitch = np.median(np.sort(distance, axis=1)[:, 1])
-    smoothed = []
-    for row in distance / pitch:
-        near = np.flatnonzero(row <= 4.001 * width)
-        weight = np.exp(-(row[near] / width) ** 2 / 2)
-        smoothed.append((weight[:, None] * prediction[near]).sum(axis=0) / weight.sum())
-    return np.array(smoothed)
-
-
-@pytest.mark.parametrize("width", [0.1, 0.5, 1.0, 3.0])
-def test_smoothing_is_the_gaussian_average_over_neighbours(width):
-    rng = np.random.default_rng(3)
-    xy = np.vstack([rng.permutation(np.argwhere(np.ones((7, 9))))[:50] * 130.0, [[9000, 0]]])  # one far from all
-    prediction = rng.gamma(1, 1, (51, 4)).astype(np.float32)
-    smoothed = smooth(prediction, xy, width)
-    assert smoothed.dtype == np.float32
-    np.testing.assert_allclose(smoothed, slow_smooth(prediction, xy, width), rtol=1e-5)
-    np.testing.assert_allclose(smoothed[-1], prediction[-1], rtol=1e-6)
-    np.testing.assert_allclose(smooth(np.full((51, 2), 0.3, np.float32), xy, width), 0.3, rtol=1e-6)
-    np.testing.assert_allclose(smooth(prediction, 3.7 * xy + 11, width), smoothed, rtol=1e-5)  # any unit
-
-
-def test_width_zero_smooths_nothing_and_a_lone_spot_stays_as_it_is():
-    prediction = np.float32([[1, 5], [3, 1]])
-    xy = np.array([[0.0, 0.0], [100.0, 0.0]])
-    np.testing.assert_array_equal(smooth(prediction, xy, 0), prediction)
-    np.testing.assert_allclose(smooth(prediction[:1], xy[:1], 0.5), prediction[:1])
-    own = 1 / (1 + np.exp(-0.5))  # the other spot lies one width away
-    np.testing.assert_allclose(smooth(prediction, xy, 1.0)[0], own * prediction[0] + (1 - own) * prediction[1])

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
+from heclip.recipes import PREDICTION, TRAINING
 
 import infer
 import main
@@ -23,7 +24,6 @@ from heclip.dataset import Processed, Run
 from heclip.expression import choose_panel
 from heclip.files import InputError, sha256
 from heclip.preprocess import preprocess
-from heclip.recipes import PREDICTION, TRAINING
 
 GRID, GENES = (14, 12), 150
 TRAIN = ["--encoder", "test_resnet", "--no-pretrained", "--batch_size", "16", "--device", "cpu"]

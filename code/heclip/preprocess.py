@@ -18,6 +18,7 @@ from . import command, expression, figures, slide, sources
 from .dataset import ROOT, Dataset, Processed, patches_digest
 from .files import InputError, atomic_path, sha256, write_h5ad
 from .panel import choose_panel, read_panel
+from .spots import array_of, pitch
 
 DRAWING = threading.Lock()  # matplotlib is not made for threads
 FORMAT = 2  # of the processed files; a higher one makes every section anew
@@ -155,7 +156,7 @@ def preprocess_section(dataset, section, raw, processed):
         if earlier:
             adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
-        mpp = microns_per_pixel(section, adata, files["positions"], dataset.pitch_um)
+        mpp = section_mpp(section, adata, files["positions"], dataset.pitch_um)
         spot_um = dataset.spot_um * (section.pitch_um or dataset.pitch_um) / dataset.pitch_um
         # Both files appear at once, so that patches of one version never meet expression of another.
         with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
@@ -261,13 +262,19 @@ def write_patches(dataset, image, adata, mpp, path, scratch):
     return thumbnail, scale
 
 
-def microns_per_pixel(section, adata, positions_path, pitch_um=Dataset.pitch_um):
-    """Of a section's image: as stated, or by the distance of neighbouring spots."""
-    x, y = adata.obsm["spatial"].T
+def section_mpp(section, adata, positions_path, pitch_um=Dataset.pitch_um):
+    """Microns per pixel of a section's image: as stated, or from the pitch in microns and in pixels.
+
+    pitch_um: of the dataset; the section's own comes first. adata: obsm["spatial"] in pixels of the
+    image, obs with or without array_row and array_col. Raises InputError if the spots do not tell it.
+    """
+    if section.mpp:
+        return section.mpp
     try:
-        return section.mpp or (section.pitch_um or pitch_um) / sources.spot_pitch(adata.obs.assign(x=x, y=y))
+        return (section.pitch_um or pitch_um) / pitch(adata.obsm["spatial"], array_of(adata.obs))
     except ValueError as error:
-        raise InputError(f"{positions_path}: {error}. Check that this is the section's own position file") from None
+        raise InputError(f"{positions_path}: {error}. Check that this is the section's own position "
+                         "file") from None
 
 
 def write_panel(dataset, processed, genes, kind, protocol):
