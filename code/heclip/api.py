@@ -9,7 +9,6 @@
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,7 +24,7 @@ from . import command, sources, wholeslide
 from .batches import encode_patches
 from .checkpoint import SAME_WIDTH, load_checkpoint
 from .dataset import Processed, Run
-from .files import InputError
+from .files import InputError, atomic_path
 from .prediction import (
     KINDS,
     Reference,
@@ -301,11 +300,5 @@ def write_spatialdata(prediction, folder):
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists. Name another folder with --spatialdata, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with atomic_path(folder) as temporary:
         to_spatialdata(prediction).write(temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
