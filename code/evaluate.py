@@ -156,8 +156,8 @@ class Fold:
     """One held-out section and what predicts it: n query spots, N reference spots, G genes.
 
     held_out: all sections that are not in the reference, the query among them. spots: the query
-    without genes, AnnData of n x 0. truth: its expression, (n, G). expression: that of the reference,
-    (N, G). sizes: spots of each reference section.
+    without genes, AnnData of n x 0. truth: its expression, (n, G). expression: that of the
+    reference, (N, G). sizes: spots of each reference section.
     """
 
     processed: Processed
@@ -226,8 +226,8 @@ def choose_folds(plan, processed):
     table = table[table.index.isin(takes_part)]
     together = table["donor"] if plan.folds == "donor" else table.index.to_series()
     if together.nunique() < 2:
-        raise InputError(f"{origin}: {', '.join(table.index)} are of one {plan.folds}; at least two "
-                         "are needed to hold one out")
+        raise InputError(f"{origin}: {', '.join(table.index)} are of one {plan.folds}; at least "
+                         "two are needed to hold one out")
     folds = {query: list(table.index[together != together[query]])
              for query in plan.query or list(table.index)}
     for query, reference in folds.items():
@@ -246,11 +246,11 @@ def check_apart(table, query, reference, folds):
     donor, digest = table["donor"], table["digest"]
     same = [name for name in reference if donor[name] == donor[query]]
     if folds == "donor" and same:
-        raise InputError(f"{query} is held out with its donor {donor[query]!r}, but {same[0]} of the "
-                         "same donor is in its reference")
+        raise InputError(f"{query} is held out with its donor {donor[query]!r}, but {same[0]} of "
+                         "the same donor is in its reference")
     if same := [name for name in reference if digest[name] == digest[query]]:
-        raise InputError(f"{query} and {same[0]} were made from the same files, so {query} would be "
-                         "predicted from itself. Name only one of them in --sections")
+        raise InputError(f"{query} and {same[0]} were made from the same files, so {query} would "
+                         "be predicted from itself. Name only one of them in --sections")
 
 
 def open_fold(processed, kind, protocol, query, reference):
@@ -313,7 +313,7 @@ def evaluate(plan, fold, method, seed, features):
                     np.save(file, prediction)
             with atomic_path(done) as path:
                 path.write_text(json.dumps(scores, indent=1) + "\n")
-        shutil.rmtree(place / plan.shared.dataset, ignore_errors=True)  # the model: not needed again
+        shutil.rmtree(place / plan.shared.dataset, ignore_errors=True)  # the model, if there is one
     key = [protocol, fold.query, method, seed, settings]
     row = dict(zip(KEY, key, strict=True)) | json.loads(done.read_text())
     return row, None if method in CEILINGS else np.load(predicted)
@@ -351,8 +351,8 @@ def short_digest(facts):
 def add_rows(path, rows):
     """Add scores to the CSV at `path`, in place of earlier ones of the same runs. Other rows stay.
 
-    rows: dicts of KEY and scores. Other processes may add rows at the same time. Raises InputError if
-    the file is damaged.
+    rows: dicts of KEY and scores. Other processes may add rows at the same time. Raises InputError
+    if the file is damaged.
     """
     added = pd.DataFrame(rows).melt(KEY, var_name="score").dropna()
     added = added.astype(dict.fromkeys(KEY, str))
@@ -397,7 +397,7 @@ def settings_of(plan, fold, method):
 def train_and_predict(plan, fold, training, how, place):
     """Train, or go on where a killed run stopped, and predict the query: (n, G).
 
-    training, how: settings of training and of prediction. place: a folder for the model and log.txt.
+    training, how: settings of training and prediction. place: a folder for the model and log.txt.
     """
     run = Run(training.dataset, run_name(training.type, training.protocol), place)
     with open(place / "log.txt", "a") as log, contextlib.redirect_stdout(log):
@@ -450,9 +450,9 @@ def frozen_features(processed, section, encoder):
 def ridge(features, expression, section, query):
     """PCA to 256 features, then ridge regression (Jaume et al., HEST, NeurIPS 2024).
 
-    features: (N, F), expression: (N, G), section: names (N,), query: (n, F). Returns float32 (n, G).
-    alpha is the one that predicts best when each reference section is predicted from the others. With
-    a single section, each fifth of its spots is predicted from the others.
+    features: (N, F), expression: (N, G), section: names (N,), query: (n, F). Returns float32
+    (n, G). alpha is the one that predicts best when each reference section is predicted from the
+    others. With a single section, each fifth of its spots is predicted from the others.
     """
     from sklearn.decomposition import PCA
     from sklearn.linear_model import Ridge
