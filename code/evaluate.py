@@ -93,7 +93,8 @@ def parse(argv=None):
     flags.add_argument("--methods", nargs="+", metavar="NAME", choices=METHODS,
                        help=f"default: all of {'; '.join(METHODS)}. With --no-pretrained: those "
                             "that need no pretrained encoder")
-    flags.add_argument("--seeds", nargs="+", type=command.seed, default=[1, 2])
+    flags.add_argument("--seeds", nargs="+", type=command.seed, default=[1, 2],
+                       help="run once with each of these whatever is random")
     add_flags(flags, defaults, [*ENCODER, *LENGTH, "device"])
     flags.add_argument("--save_path", metavar="DIR", help="default: save/<dataset>")
     args = flags.parse_args(argv)

@@ -410,7 +410,7 @@ def table():
 
 @pytest.mark.parametrize("donor", ["x", "NA"])
 def test_a_donor_is_held_out_whole(flags, tmp_path, donor, table):
-    """A donor called NA was once taken for no donor, and its sections predicted from themselves."""
+    """A donor called NA was once read as missing, and its section was in its own reference."""
     table.set(donor=[donor, donor, "y"])
     recorder, out = run([*flags, "--save_path", str(tmp_path), *ONE, "--folds", "donor",
                          "--methods", "HECLIP", "frozen encoder, ridge"])
@@ -462,16 +462,16 @@ def test_both_protocols_stand_side_by_side(flags, tmp_path):
 def test_no_pretrained_and_encoder_args_reach_training_and_the_frozen_encoder(flags, tmp_path):
     weights = flags.index("--encoder_weights")
     scratch = [*flags[:weights], *flags[weights + 2:], "--no-pretrained"]
-    pooling = ["--encoder_args", '{"global_pool": "max"}']
-    recorder, _ = run([*scratch, *pooling, "--save_path", str(tmp_path), *ONE])
+    layers = ["--encoder_args", '{"act_layer": "tanh"}']
+    recorder, _ = run([*scratch, *layers, "--save_path", str(tmp_path), *ONE])
     [settings] = recorder.trainings
     assert not settings.pretrained
-    assert settings.encoder_args == {"global_pool": "max"}
-    assert kept(tmp_path, A, "HECLIP", 2)[0]["training"]["encoder_args"] == {"global_pool": "max"}
+    assert settings.encoder_args == {"act_layer": "tanh"}
+    assert kept(tmp_path, A, "HECLIP", 2)[0]["training"]["encoder_args"] == {"act_layer": "tanh"}
 
     nearest = ["--save_path", str(tmp_path), *ONE, "--methods", "frozen encoder, nearest images"]
     run([*flags, *nearest])
-    run([*flags, *pooling, *nearest])
+    run([*flags, *layers, *nearest])
     places = results(tmp_path, A, "frozen encoder, nearest images", 0)
     one, other = (np.load(place / "prediction.npy") for place in places)
     assert not np.allclose(one, other)
