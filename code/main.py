@@ -117,7 +117,9 @@ def fit(settings, run, ranks):
     patch_px, patch_um = int(table["patch_px"].iloc[0]), float(table.eval("crop_px * mpp").mean())
     network = build(settings, panel, patch_px, spots.expression[training.to(device)])
     network.to(device, memory_format=torch.channels_last)
-    trained = Trained(network, settings, panel, table["digest"].to_dict(), patch_px, patch_um)
+    # What the model is does not depend on how and where this call was made.
+    learned = replace(settings, resume=False, overwrite=False, save_path=None)
+    trained = Trained(network, learned, panel, table["digest"].to_dict(), patch_px, patch_um)
     by_itself = device.type == "cuda" and not settings.freeze
     if settings.compile or (settings.compile is None and by_itself):
         network.image_encoder.compile()

@@ -1,4 +1,4 @@
-"""Encoders by any name that timm takes. The hub is a folder made here, in the layout of its local cache."""
+"""Encoders by any name that timm takes. The hub is a folder made here, in its cache's layout."""
 
 import json
 
@@ -7,12 +7,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from makers import panel_of
 
 from heclip import model as model_module
-from heclip.checkpoint import load_checkpoint, save_checkpoint
+from heclip.checkpoint import Trained, load_checkpoint, save_checkpoint
 from heclip.features import digest
 from heclip.files import InputError
 from heclip.model import HECLIP, ModelConfig, configure, create_encoder, load_encoder_weights
+from heclip.settings import Training
 
 HUB = "hf-hub:owner/encoder"
 MEAN, STD = (0.707, 0.578, 0.703), (0.211, 0.230, 0.177)
@@ -20,16 +22,18 @@ ARGUMENTS = {"init_values": 1e-5, "dynamic_img_size": True, "img_size": 112}
 
 
 def write_encoder(folder, seed=0, architecture="test_vit", arguments=ARGUMENTS, **facts):
-    """An encoder as timm saves it for a hub: config.json and model.safetensors. Returns its network."""
+    """An encoder as timm saves it for a hub: a config.json, a model.safetensors. Returns it."""
     torch.manual_seed(seed)
     network = timm.create_model(architecture, num_classes=0, **arguments).eval()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({
         "architecture": architecture, "num_classes": 0, "num_features": 64, "model_args": arguments,
-        "pretrained_cfg": {"input_size": [3, 160, 160], "fixed_input_size": True, "mean": MEAN, "std": STD,
-                           "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"} | facts}))
-    safetensors.torch.save_file({key: value.contiguous() for key, value in network.state_dict().items()},
-                                folder / "model.safetensors")
+        "pretrained_cfg": {"input_size": [3, 160, 160], "fixed_input_size": True, "mean": MEAN,
+                           "std": STD, "num_classes": 0, "first_conv": "patch_embed.proj",
+                           "classifier": "head"} | facts}))
+    safetensors.torch.save_file(
+        {key: value.contiguous() for key, value in network.state_dict().items()},
+        folder / "model.safetensors")
     return network
 
 
@@ -42,6 +46,14 @@ def hub(tmp_path, monkeypatch):
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text("0123456789")
     return place / "snapshots" / "0123456789"
+
+
+def save(path, model, frozen=None):
+    """Write the checkpoint of a model of five genes."""
+    settings = Training(encoder=HUB, colour_jitter=0.0, freeze=frozen is not None)
+    panel = panel_of(*"ABCDE", kind=model.config.kind)
+    reference = {"A": "digest"}
+    save_checkpoint(path, Trained(model, settings, panel, reference, 256, 100.0, frozen=frozen))
 
 
 def same(one, other):
@@ -62,15 +74,16 @@ def test_a_name_on_the_hub_becomes_its_network_arguments_and_pixel_statistics(hu
 def test_a_model_is_built_again_without_asking_the_hub(hub, tmp_path, monkeypatch):
     write_encoder(hub)
     model = HECLIP(configure(HUB, "hvg", 5, 256)).eval()
-    save_checkpoint(tmp_path / "best.pt", model, reference=["A"])
+    save(tmp_path / "best.pt", model)
     monkeypatch.setattr(timm.models._factory, "load_model_config_from_hf", pytest.fail)
-    loaded, _ = load_checkpoint(tmp_path / "best.pt")
+    loaded = load_checkpoint(tmp_path / "best.pt").network
     pixels = torch.randn(2, 3, 112, 112)
     assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels))
 
 
 def test_the_size_that_a_hub_leaves_unsaid_is_kept(hub):
-    write_encoder(hub, arguments={}, fixed_input_size=False)  # then timm builds it for 224, and test_vit for 160
+    # then timm builds it for 224, and test_vit for 160
+    write_encoder(hub, arguments={}, fixed_input_size=False)
     config = configure(HUB, "heg", 5, 224)
     assert config.encoder_args == {"img_size": 224}
     load_encoder_weights(HECLIP(config).image_encoder, HUB, None, config.encoder_args)
@@ -85,20 +98,22 @@ def test_a_downloaded_folder_is_an_encoder_too(tmp_path):
     assert same(target.state_dict(), source.state_dict())
 
 
-@pytest.mark.parametrize("name", ["hf-hub:owner/absent", "local-dir:absent", "ftp:owner/encoder", "owner/encoder"])
+@pytest.mark.parametrize(
+    "name", ["hf-hub:owner/absent", "local-dir:absent", "ftp:owner/encoder", "owner/encoder"])
 def test_an_encoder_that_cannot_be_found_is_an_error_that_names_it(hub, name):
-    with pytest.raises(InputError, match=f"^--encoder {name}: .*" + ("hf auth login" if "hub" in name else "")):
+    with pytest.raises(InputError,
+                       match=f"^--encoder {name}: .*" + ("hf auth login" if "hub" in name else "")):
         configure(name, "heg", 5, 256)
 
 
-# ------------------------------------------------------------------------------ a checkpoint of a frozen one
+# ---------------------------------------------------------------- a checkpoint of a frozen encoder
 
 
 def frozen_checkpoint(path):
     config = configure(HUB, "heg", 5, 256)
     model = HECLIP(config).eval()
     load_encoder_weights(model.image_encoder, HUB, None, config.encoder_args)
-    save_checkpoint(path, model, frozen={"weights": digest(model.image_encoder), "hub": HUB})
+    save(path, model, frozen={"weights": digest(model.image_encoder), "hub": HUB})
     return model
 
 
@@ -107,14 +122,15 @@ def test_a_frozen_encoder_of_the_hub_is_not_in_the_checkpoint_but_found_again(hu
     model = frozen_checkpoint(tmp_path / "best.pt")
     kept = torch.load(tmp_path / "best.pt", weights_only=True)["model"]
     assert {key.split(".")[0] for key in kept} == {"image_projection", "expression_projection"}
-    assert same(load_checkpoint(tmp_path / "best.pt")[0].state_dict(), model.state_dict())
+    assert same(load_checkpoint(tmp_path / "best.pt").network.state_dict(), model.state_dict())
 
 
 def test_other_weights_under_the_same_name_are_refused(hub, tmp_path):
     write_encoder(hub)
     frozen_checkpoint(tmp_path / "best.pt")
     write_encoder(hub, seed=1)
-    with pytest.raises(InputError, match=r"best\.pt was trained on other weights of hf-hub:owner/encoder"):
+    with pytest.raises(InputError,
+                       match=r"best\.pt was trained on other weights of hf-hub:owner/encoder"):
         load_checkpoint(tmp_path / "best.pt")
 
 
@@ -132,12 +148,13 @@ def test_a_hub_that_has_lost_it_is_an_error_that_names_the_encoder(hub, tmp_path
 @pytest.mark.parametrize(("arguments", "size", "kept"), [
     ({}, 96, {"img_size": 96}),  # built for the size
     ({"dynamic_img_size": True}, 96, {"dynamic_img_size": True}),  # takes any
-    ({"dynamic_img_size": True}, None, {"dynamic_img_size": True}),  # but learnt its own, not the patch's
+    ({"dynamic_img_size": True}, None, {"dynamic_img_size": True}),  # its own, not the patch's
 ])
 def test_a_transformer_takes_the_size_it_is_given(arguments, size, kept):
     config = configure("test_vit", "heg", 5, 256, size, encoder_args=arguments)
     assert (config.image_size, config.encoder_args) == (size or 160, kept)
-    assert HECLIP(config).encode_image(torch.randn(2, 3, config.image_size, config.image_size)).shape == (2, 256)
+    assert HECLIP(config).encode_image(
+        torch.randn(2, 3, config.image_size, config.image_size)).shape == (2, 256)
 
 
 def test_position_embeddings_are_resized_alike_from_a_hub_and_from_a_file(hub):
@@ -156,17 +173,18 @@ def test_a_size_that_the_encoder_cannot_take_is_an_error():
         configure("test_vit", "heg", 5, 256, 100, encoder_args={"dynamic_img_size": True})
 
 
-# ------------------------------------------------------------------------------ outputs, and layers by name
+# ------------------------------------------------------------------- outputs, and layers by name
 
 
-def test_tokens_become_the_class_token_beside_the_mean_of_the_patches():
+def test_tokens_become_the_class_token_next_to_the_mean_of_the_patches():
     config = configure("test_vit", "heg", 5, 256, encoder_args={"global_pool": ""})
     model = HECLIP(config).eval()
     pixels = torch.randn(2, 3, 160, 160)
     tokens, prefix = model.image_encoder(pixels), model.image_encoder.num_prefix_tokens
     features = model.encode_features(pixels)
     assert features.shape == (2, 128) == (2, model.n_features)
-    torch.testing.assert_close(features[1], torch.cat([tokens[1, 0], sum(tokens[1, prefix:]) / (100)]))
+    torch.testing.assert_close(features[1],
+                               torch.cat([tokens[1, 0], sum(tokens[1, prefix:]) / (100)]))
 
 
 @pytest.mark.parametrize("encoder", ["test_resnet", "test_convnext"])

@@ -1,4 +1,4 @@
-"""Frozen encoders: what is kept on disk is what the encoder gives of these patches, and the encoder stays as it is."""
+"""Frozen encoders: features on disk are the encoder's of these patches, and it stays as it is."""
 
 import contextlib
 import errno
@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from makers import prepare
 from test_batches import write_section
-from test_scripts import prepare
 
 import infer
 import main
-from heclip import features as features_module
+from heclip import features as features_module, parallel, prediction
 from heclip.batches import SYMMETRIES, Patches, augment, encode_patches
 from heclip.checkpoint import load_checkpoint
 from heclip.dataset import Processed, Run
@@ -72,8 +72,8 @@ def test_features_are_the_encoders_output_for_each_symmetry(processed, pixels):
             if pixels == "raw_bgr":
                 image = torch.tensor(turned[..., ::-1].copy()).float()
             else:
-                image = (torch.tensor(turned.copy()) / 255 - torch.tensor(model.config.mean)) / torch.tensor(
-                    model.config.std)
+                image = (torch.tensor(turned.copy()) / 255
+                         - torch.tensor(model.config.mean)) / torch.tensor(model.config.std)
             with torch.inference_mode():
                 expected = model.image_encoder(image.permute(2, 0, 1)[None])[0]
             np.testing.assert_allclose(found[row, i], expected, rtol=2e-3, atol=2e-3)
@@ -84,7 +84,8 @@ def test_a_turn_of_features_is_the_feature_of_the_turned_patch(processed):
     model, turns = a_model(), SYMMETRIES[[3, 0, 7, 5, 1, 6, 2]]
     (features,) = Patches([make(processed, model)], CPU).stream([torch.arange(7)])
     patches = torch.from_numpy(np.load(processed.patches_path("A")))
-    by_patch = torch.cat([encode_patches(model, Patches([augment(patches, turns).numpy()], CPU), torch.arange(7), 7)])
+    by_patch = torch.cat([
+        encode_patches(model, Patches([augment(patches, turns).numpy()], CPU), torch.arange(7), 7)])
     with torch.inference_mode():
         by_feature = model.encode_image(augment(features, turns).float())
     torch.testing.assert_close(by_feature, by_patch, rtol=5e-3, atol=5e-3)
@@ -112,7 +113,8 @@ def test_features_too_large_for_half_precision_are_refused_and_nothing_is_kept(p
 def computed(processed, model, monkeypatch):
     """How many batches the encoder is given when the features are asked for."""
     calls, original = [], model.encode_features
-    monkeypatch.setattr(model, "encode_features", lambda pixels: calls.append(1) or original(pixels))
+    monkeypatch.setattr(model, "encode_features",
+                        lambda pixels: calls.append(1) or original(pixels))
     make(processed, model)
     return len(calls)
 
@@ -125,7 +127,8 @@ def test_features_are_computed_once(processed, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"image_size": 48}, {"pixels": "raw_bgr"}])
-def test_another_encoder_size_or_pixel_convention_has_features_of_its_own(processed, change, monkeypatch):
+def test_another_encoder_size_or_pixel_convention_has_features_of_its_own(
+        processed, change, monkeypatch):
     before = np.array(make(processed, a_model()))
     assert computed(processed, a_model(**change), monkeypatch) == 16
     assert computed(processed, a_model(), monkeypatch) == 0
@@ -139,7 +142,7 @@ def test_a_single_changed_statistic_changes_the_digest():
     assert digest(one) != digest(other)
 
 
-def test_patches_made_anew_are_encoded_anew(processed, monkeypatch):
+def test_patches_made_again_are_encoded_again(processed, monkeypatch):
     old = np.array(make(processed, a_model()))
     write_section(processed, "A", 7, seed=1)
     model = a_model()
@@ -154,7 +157,8 @@ def test_patches_that_were_only_copied_are_known_by_their_contents(processed, mo
     assert computed(processed, a_model(), monkeypatch) == 0
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), SystemExit(143), OSError(errno.ENOSPC, "No space left")])
 def test_writing_that_is_stopped_leaves_no_file(processed, error, monkeypatch):
     model, calls = a_model(), []
 
@@ -177,12 +181,12 @@ def test_features_killed_before_their_sidecar_are_not_used(processed, monkeypatc
     assert computed(processed, a_model(), monkeypatch) == 16
 
 
-@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:-50]),
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-50]),
                                    lambda path: path.write_bytes(b"")])
 @pytest.mark.parametrize("name", ["A.npy", "A.json"])
-def test_spoilt_files_are_made_anew(processed, name, spoil, monkeypatch):
+def test_damaged_files_are_made_again(processed, name, damage):
     before = np.array(make(processed, a_model()))
-    spoil(next((processed.folder / "features").iterdir()) / name)
+    damage(next((processed.folder / "features").iterdir()) / name)
     np.testing.assert_array_equal(make(processed, a_model()), before)
 
 
@@ -300,13 +304,14 @@ def test_a_sidecar_that_lacks_something_is_written_again(processed, content, mon
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory):
-    """A small dataset, an encoder's weights, and a run trained on its features: (flags, folder of its results)."""
+    """A small dataset, an encoder's weights, a run trained on its features: (flags, its folder)."""
     prepare("frozen")
     folder = tmp_path_factory.mktemp("frozen")
     encoder = a_model(seed=3).image_encoder
     torch.save(encoder.state_dict(), folder / "weights.pth")
-    flags = ["--dataset", "frozen", "--encoder", "test_resnet", "--encoder_weights", str(folder / "weights.pth"),
-             "--freeze", "--batch_size", "16", "--device", "cpu", "--max_epochs", "3"]
+    flags = ["--dataset", "frozen", "--encoder", "test_resnet", "--encoder_weights",
+             str(folder / "weights.pth"), "--freeze", "--batch_size", "16", "--device", "cpu",
+             "--max_epochs", "3"]
     main.main([*flags, "--save_path", str(folder / "run")])
     return flags, folder
 
@@ -317,19 +322,20 @@ def run_of(folder):
 
 def test_training_leaves_the_encoders_weights_and_statistics_untouched(frozen):
     before = torch.load(frozen[1] / "weights.pth", weights_only=True)
-    model, facts = load_checkpoint(run_of(frozen[1] / "run").checkpoint)
-    after = model.image_encoder.state_dict()
+    trained = load_checkpoint(run_of(frozen[1] / "run").checkpoint)
+    after = trained.network.image_encoder.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert facts["frozen"] == {"weights": digest(model.image_encoder), "hub": None}
+    assert trained.frozen == {"weights": digest(trained.network.image_encoder), "hub": None}
 
 
 def test_the_heads_are_trained(frozen, tmp_path):
     losses = pd.read_csv(run_of(frozen[1] / "run").losses)
     assert losses["train_loss"].iloc[-1] < 0.9 * losses["train_loss"].iloc[0]
-    untrained = infer.untrained_model(run_of(frozen[1] / "run").checkpoint).state_dict()
-    trained = load_checkpoint(run_of(frozen[1] / "run").checkpoint)[0].state_dict()
-    changed = {key.split(".")[0] for key in trained if not torch.equal(trained[key], untrained[key])}
+    trained = load_checkpoint(run_of(frozen[1] / "run").checkpoint)
+    before = infer.untrained_model(trained).network.state_dict()
+    after = trained.network.state_dict()
+    changed = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
     assert changed == {"image_projection", "expression_projection"}
 
 
@@ -343,8 +349,8 @@ def test_training_needs_no_encoder_once_features_are_kept(frozen, tmp_path, monk
 def test_stopped_and_resumed_training_ends_as_undisturbed(frozen, tmp_path, monkeypatch):
     flags, save = [*frozen[0], "--save_path", str(tmp_path)], main.save_progress
 
-    def save_and_stop(path, model, optimiser, losses, facts):
-        save(path, model, optimiser, losses, facts)
+    def save_and_stop(*args):
+        save(*args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "save_progress", save_and_stop)
@@ -359,11 +365,12 @@ def test_stopped_and_resumed_training_ends_as_undisturbed(frozen, tmp_path, monk
         assert all(torch.equal(one[key], two[key]) for key in two)
     torch.save(a_model(seed=4).image_encoder.state_dict(), tmp_path / "weights.pth")
     flags[flags.index("--encoder_weights") + 1] = str(tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="its frozen differs"):
+    with pytest.raises(InputError, match="its frozen encoder differs"):
         main.main([*flags, "--resume"])
 
 
-@pytest.mark.parametrize("flags", [["--recipe", "regression"], ["--type", "hvg"], ["--recipe", "clip"]])
+@pytest.mark.parametrize("flags",
+                         [["--recipe", "regression"], ["--type", "hvg"], ["--recipe", "clip"]])
 def test_every_kind_of_model_trains_frozen(frozen, tmp_path, flags):
     here = ["--save_path", str(tmp_path)]
     main.main([*frozen[0], *here, *flags, "--max_epochs", "1"])
@@ -381,7 +388,7 @@ def test_what_cannot_be_done_frozen_is_refused(frozen, tmp_path, flags, says):
 
 
 def test_several_processes_are_refused(frozen, tmp_path, monkeypatch):
-    monkeypatch.setattr(main.parallel, "start", lambda device: (0, 2, device))
+    monkeypatch.setattr(main.parallel, "start", lambda device: parallel.Ranks(0, 2, device))
     with pytest.raises(InputError, match="--freeze under torchrun"):
         main.main([*frozen[0], "--save_path", str(tmp_path)])
 
@@ -394,7 +401,8 @@ def predict(frozen, folder, *flags):
     run = run_of(folder)
     run.folder.mkdir(parents=True)
     run.checkpoint.write_bytes(run_of(frozen[1] / "run").checkpoint.read_bytes())
-    infer.main(["--dataset", "frozen", "--save_path", str(folder), "--device", "cpu", "--no-figures", *flags])
+    infer.main(["--dataset", "frozen", "--save_path", str(folder), "--device", "cpu",
+                "--no-figures", *flags])
     return np.load(run.embeddings("DEMO_C1"))["image"], json.loads(run.scores.read_text())
 
 
@@ -411,7 +419,8 @@ def test_inference_is_the_same_with_the_cache_and_without(frozen, tmp_path, monk
     np.testing.assert_array_equal(again, made)
     assert again_scores == scores
     with monkeypatch.context() as patched:  # as though nothing of it had ever been frozen
-        patched.setattr(infer, "features_of", lambda *_: None)
+        for name in ("features_of", "kept"):
+            patched.setattr(prediction, name, lambda *_: None)
         by_pixels, _ = predict(frozen, tmp_path / "pixels")
     np.testing.assert_allclose(by_pixels, made, rtol=5e-3, atol=5e-3)
 
@@ -430,9 +439,10 @@ def test_a_single_view_uses_what_is_kept_and_makes_nothing(frozen, tmp_path):
 def test_a_checkpoint_is_used_wherever_it_lies(frozen, tmp_path):
     predict(frozen, tmp_path / "own")
     (tmp_path / "mine.pt").write_bytes(run_of(frozen[1] / "run").checkpoint.read_bytes())
-    infer.main(["--dataset", "frozen", "--save_path", str(tmp_path / "other"), "--device", "cpu", "--no-figures",
-                "--checkpoint", str(tmp_path / "mine.pt"), "--untrained"])
-    own, other = (json.loads(run_of(tmp_path / name).scores.read_text())["scores"] for name in ("own", "other"))
+    infer.main(["--dataset", "frozen", "--save_path", str(tmp_path / "other"), "--device", "cpu",
+                "--no-figures", "--checkpoint", str(tmp_path / "mine.pt"), "--untrained"])
+    own, other = (json.loads(run_of(tmp_path / name).scores.read_text())["scores"]
+                  for name in ("own", "other"))
     assert {key: other[key] for key in own} == own
     assert other.keys() == own.keys() | {"untrained gene", "untrained image"}
 

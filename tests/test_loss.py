@@ -1,4 +1,4 @@
-"""The losses against their formulas in loops and numbers by hand; HECLIP's gradient against finite differences."""
+"""The losses against formulas in loops and by hand; HECLIP's gradient by finite differences."""
 
 from math import exp, log
 
@@ -20,7 +20,8 @@ def softmax(row):
 def slow_loss(image, expression, temperature=1.0):
     """loss_i = - sum_j targets_ji log softmax(logits_i)_j; the mean over i."""
     def products(left, right):
-        return [[sum(a * b for a, b in zip(x, y, strict=True)) / temperature for y in right] for x in left]
+        return [[sum(a * b for a, b in zip(x, y, strict=True)) / temperature for y in right]
+                for x in left]
 
     logits = products(image, expression)
     targets = [softmax(row) for row in products(image, image)]
@@ -36,10 +37,12 @@ def test_the_loss_of_two_spots_is_the_one_worked_out_by_hand():
     image = torch.tensor([[0.0, 0.0], [0.0, a]])
     expression = torch.tensor([[5.0, 0.0], [-7.0, log(2) / a]])
     # Logits (0, 0) and (0, ln 2): likelihoods (1/2, 1/2) and (1/3, 2/3).
-    # Products of the images (0, 0) and (0, ln 3): targets (1/2, 1/2) and (1/4, 3/4), whose columns are taken.
+    # Products of the images (0, 0) and (0, ln 3): targets (1/2, 1/2) and (1/4, 3/4), whose columns
+    # are taken.
     first = (1 / 2 + 1 / 4) * log(2)
     second = 1 / 2 * log(3) + 3 / 4 * log(3 / 2)
-    assert image_centric_loss(image, expression).item() == pytest.approx((first + second) / 2, abs=1e-6)
+    loss = image_centric_loss(image, expression).item()
+    assert loss == pytest.approx((first + second) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -52,7 +55,8 @@ def test_the_loss_of_three_spots_equals_the_formula_in_loops(temperature):
 def test_the_temperature_is_one_by_default_and_matters():
     image, expression = torch.tensor(IMAGE), torch.tensor(EXPRESSION)
     assert image_centric_loss(image, expression) == image_centric_loss(image, expression, 1.0)
-    assert abs(image_centric_loss(image, expression) - image_centric_loss(image, expression, 2.0)) > 0.01
+    warmer = image_centric_loss(image, expression, 2.0)
+    assert abs(image_centric_loss(image, expression) - warmer) > 0.01
 
 
 def test_the_targets_are_transposed_as_published():
@@ -69,7 +73,8 @@ def test_the_order_of_the_spots_does_not_count():
     rng = np.random.default_rng(0)
     image, expression = torch.from_numpy(rng.normal(0, 1, (2, 12, 5))).float()
     order = torch.from_numpy(rng.permutation(12))
-    assert torch.allclose(image_centric_loss(image, expression), image_centric_loss(image[order], expression[order]))
+    assert torch.allclose(image_centric_loss(image, expression),
+                          image_centric_loss(image[order], expression[order]))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -86,7 +91,8 @@ def test_gradients_flow_to_both_embeddings_and_through_the_targets(temperature):
                     moved[i][d] += sign
                     pair = (moved, EXPRESSION) if values is IMAGE else (IMAGE, moved)
                     sides.append(slow_loss(*pair, temperature))
-                assert gradient[i, d].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), abs=2e-6)
+                assert gradient[i, d].item() == pytest.approx(
+                    (sides[0] - sides[1]) / (2 * step), abs=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -98,11 +104,12 @@ def test_the_loss_is_computed_in_float32_whatever_the_embeddings_type(dtype):
 
 
 def test_long_embeddings_give_a_finite_loss():
-    image = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * 10  # products far beyond exp's range
+    # products far beyond exp's range
+    image = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) * 10
     assert torch.isfinite(image_centric_loss(image, image))
 
 
-# ------------------------------------------------------------------------------ the losses it is compared with
+# ---------------------------------------------------------------- the losses it is compared with
 
 
 def dot(x, y):
@@ -111,7 +118,8 @@ def dot(x, y):
 
 def cross_entropy(logits, targets):
     """Mean over rows of - sum_j targets_ij log softmax(logits_i)_j."""
-    return sum(-dot(target, map(log, softmax(row))) for row, target in zip(logits, targets, strict=True)) / len(logits)
+    return sum(-dot(target, map(log, softmax(row)))
+               for row, target in zip(logits, targets, strict=True)) / len(logits)
 
 
 def transposed(matrix):
@@ -130,9 +138,11 @@ def slow_clip(image, expression, temperature):
 def slow_bleep(image, expression, temperature):
     n = range(len(image))
     logits = [[dot(y, x) / temperature for x in image] for y in expression]
-    targets = [softmax([(dot(image[i], image[j]) + dot(expression[i], expression[j])) / 2 * temperature for j in n])
-               for i in n]
-    return (cross_entropy(logits, targets) + cross_entropy(transposed(logits), transposed(targets))) / 2
+    alike = [[(dot(image[i], image[j]) + dot(expression[i], expression[j])) / 2 for j in n]
+             for i in n]
+    targets = [softmax([value * temperature for value in row]) for row in alike]
+    other_way = cross_entropy(transposed(logits), transposed(targets))
+    return (cross_entropy(logits, targets) + other_way) / 2
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 4.0])
@@ -144,7 +154,8 @@ def test_the_two_sided_losses_equal_their_formulas_in_loops(fast, slow, temperat
 
 
 def test_clip_of_two_spots_is_worked_out_by_hand_and_length_does_not_count():
-    image, expression = torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([[2.0, 0.0], [0.0, 7.0]])
+    image = torch.tensor([[3.0, 0.0], [0.0, 5.0]])
+    expression = torch.tensor([[2.0, 0.0], [0.0, 7.0]])
     # Cosines 1 and 0, divided by 1 / ln 3: likelihoods 3/4 and 1/4 on every row and column.
     assert clip_loss(image, expression, 1 / log(3)).item() == pytest.approx(log(4 / 3))
     assert clip_loss(image, expression.flip(0), 1 / log(3)).item() == pytest.approx(log(4))
@@ -154,19 +165,23 @@ def test_a_learned_temperature_has_the_gradient_of_the_formula():
     temperature = torch.tensor(0.5, requires_grad=True)
     clip_loss(torch.tensor(IMAGE), torch.tensor(EXPRESSION), temperature).backward()
     step = 1e-5
-    slope = (slow_clip(IMAGE, EXPRESSION, 0.5 + step) - slow_clip(IMAGE, EXPRESSION, 0.5 - step)) / (2 * step)
+    slope = (slow_clip(IMAGE, EXPRESSION, 0.5 + step)
+             - slow_clip(IMAGE, EXPRESSION, 0.5 - step)) / (2 * step)
     assert temperature.grad.item() == pytest.approx(slope, rel=1e-3)
 
 
 def test_regression_is_the_mean_squared_error_whatever_the_temperature():
-    predicted, expression = torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    predicted = torch.tensor([[1.0, 2.0], [0.0, 4.0]])
+    expression = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     assert regression_loss(predicted, expression).item() == pytest.approx((4 + 9) / 4)
     assert regression_loss(predicted, expression, 7.0) == regression_loss(predicted, expression)
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_every_loss_is_finite_float32_for_long_half_precision_embeddings_and_so_is_its_gradient(name):
-    image, expression = (10 * torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+def test_every_loss_is_finite_float32_for_long_half_precision_embeddings_and_so_is_its_gradient(
+        name):
+    drawn = 10 * torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    image, expression = drawn.bfloat16()
     image.requires_grad_()
     loss = LOSSES[name](image, expression, 0.1)
     assert loss.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Shapes, the projection head's formula, and pretrained weights from every place they may come from. No network."""
+"""Shapes, the projection head's formula, and pretrained weights from every place. No network."""
 
 import re
 
@@ -40,7 +40,8 @@ def same_weights(one, other):
 
 def other_names(weights):
     """The same entries in the same order, as another implementation might call them."""
-    return {f"block{i}.{key.rsplit('.', 1)[-1]}": value for i, (key, value) in enumerate(weights.items())}
+    return {f"block{i}.{key.rsplit('.', 1)[-1]}": value
+            for i, (key, value) in enumerate(weights.items())}
 
 
 # ------------------------------------------------------------------------------ the model
@@ -73,7 +74,8 @@ def test_forward_is_the_two_encodings_and_each_row_depends_on_its_own_input_only
         image, gene, _ = model(pixels, expression)
         torch.testing.assert_close(image, model.encode_image(pixels))
         torch.testing.assert_close(gene, model.encode_expression(expression))
-        torch.testing.assert_close(model.encode_image(pixels[2:3]), image[2:3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.encode_image(pixels[2:3]), image[2:3], rtol=1e-4,
+                                   atol=1e-5)
 
 
 def test_the_projection_head_is_its_formula():
@@ -89,7 +91,8 @@ def test_the_projection_head_is_its_formula():
     total = projected + gelu @ weights["fc.weight"].T + weights["fc.bias"]
     centred = total - total.mean(dim=1, keepdim=True)
     expected = centred / torch.sqrt((centred**2).mean(dim=1, keepdim=True) + 1e-5)
-    torch.testing.assert_close(head(x), expected * weights["layer_norm.weight"] + weights["layer_norm.bias"])
+    torch.testing.assert_close(head(x),
+                               expected * weights["layer_norm.weight"] + weights["layer_norm.bias"])
 
 
 def test_dropout_acts_in_training_only_and_as_strongly_as_configured():
@@ -106,7 +109,8 @@ def test_the_entries_of_the_state_dict_carry_the_parts_names():
         "image_encoder", "image_projection", "expression_projection"}
 
 
-@pytest.mark.parametrize("encoder", ["test_resnet", "test_efficientnet", "test_convnext", "test_mambaout", "test_vit"])
+@pytest.mark.parametrize(
+    "encoder", ["test_resnet", "test_efficientnet", "test_convnext", "test_mambaout", "test_vit"])
 def test_any_timm_encoder_is_used_by_its_name(encoder):
     made = config(encoder=encoder, embedding_dim=8)
     model = HECLIP(made).eval()
@@ -135,7 +139,8 @@ def test_resnet50_has_imagenets_mean_and_std_in_rgb_order():
     ("test_vit", None, 160),  # takes its own alone
     ("test_vit", 160, 160),
 ])
-def test_the_input_size_is_the_patchs_unless_the_encoder_or_the_user_wants_another(encoder, image_size, expected):
+def test_the_input_size_is_the_patchs_unless_the_encoder_or_the_user_wants_another(
+        encoder, image_size, expected):
     assert config(encoder=encoder, patch_px=48, image_size=image_size).image_size == expected
 
 
@@ -162,18 +167,22 @@ WRAPPINGS = {
     "module": lambda weights: {f"module.{key}": value for key, value in weights.items()},
     "state_dict": lambda weights: {"state_dict": weights, "epoch": 3},
     "model": lambda weights: {"model": weights, "optimizer": {"lr": 0.1}},
-    "module in state_dict": lambda weights: {"state_dict": {f"module.{k}": v for k, v in weights.items()}},
-    "module without batch counts": lambda weights: {f"module.{k}": v for k, v in weights.items()
-                                                    if "num_batches" not in k},
-    "without batch counts": lambda weights: {k: v for k, v in weights.items() if "num_batches" not in k},
+    "module in state_dict": lambda weights: {
+        "state_dict": {f"module.{key}": value for key, value in weights.items()}},
+    "module without batch counts": lambda weights: {
+        f"module.{key}": value for key, value in weights.items() if "num_batches" not in key},
+    "without batch counts": lambda weights: {
+        key: value for key, value in weights.items() if "num_batches" not in key},
 }
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
-@pytest.mark.parametrize("classes", [0, 10])
-@pytest.mark.parametrize("encoder", [TINY, "test_convnext", "test_vit"])
-def test_a_state_dict_fills_the_encoder_with_or_without_classifier_however_wrapped(encoder, classes, wrapping,
-                                                                                   tmp_path):
+@pytest.mark.parametrize(("encoder", "classes", "wrapping"), [
+    # Each encoder with each number of classes, and each wrapping with both.
+    *((TINY, 10 * (i % 2), wrapping) for i, wrapping in enumerate(WRAPPINGS)),
+    *(("test_vit", 10 - 10 * (i % 2), wrapping) for i, wrapping in enumerate(WRAPPINGS)),
+    ("test_convnext", 0, "plain"), ("test_convnext", 10, "module in state_dict")])
+def test_a_state_dict_fills_the_encoder_with_or_without_classifier_however_wrapped(
+        encoder, classes, wrapping, tmp_path):
     source, target = network(encoder, 1, classes), network(encoder, 2)
     torch.save(WRAPPINGS[wrapping](source.state_dict()), tmp_path / "weights.pth")
     load_encoder_weights(target, encoder, tmp_path / "weights.pth")
@@ -188,8 +197,9 @@ def test_every_file_format_is_read_and_its_path_may_be_text(suffix, save, tmp_pa
     save(source.state_dict(), tmp_path / f"weights{suffix}")
     load_encoder_weights(target, TINY, str(tmp_path / f"weights{suffix}"))
     pixels = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(target.eval()(pixels), source.eval().forward_head(source.forward_features(pixels),
-                                                                                 pre_logits=True))
+    features = source.eval().forward_features(pixels)
+    expected = source.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(target.eval()(pixels), expected)
 
 
 @pytest.mark.parametrize("classes", [0, 10])
@@ -223,7 +233,8 @@ def test_pairing_by_position_is_refused_where_number_shapes_or_kinds_differ(spoi
     spoil(weights)
     torch.save(weights, tmp_path / "weights.pth")
     before = {key: value.clone() for key, value in target.state_dict().items()}
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'weights.pth'} is not of a {TINY}: it lacks")):
+    with pytest.raises(InputError,
+                       match=re.escape(f"{tmp_path / 'weights.pth'} is not of a {TINY}: it lacks")):
         load_encoder_weights(target, TINY, tmp_path / "weights.pth")
     assert same_weights(target.state_dict(), before)
 
@@ -238,15 +249,18 @@ def test_the_right_names_with_wrong_shapes_are_refused(tmp_path):
     weights = network().state_dict()
     weights["conv1.0.weight"] = weights["conv1.0.weight"][:, :1].clone()
     torch.save(weights, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match=r"weights\.pth is not of a test_resnet: conv1\.0\.weight has shape"):
+    with pytest.raises(InputError,
+                       match=r"weights\.pth is not of a test_resnet: conv1\.0\.weight has shape"):
         load_encoder_weights(network(), TINY, tmp_path / "weights.pth")
 
 
 def test_weights_of_a_deeper_network_of_the_same_family_are_refused(tmp_path):
     weights = network().state_dict()  # as resnet101 holds every entry of resnet50, and more blocks
-    deeper = {key.replace("layer4.0.", "layer4.1."): value for key, value in weights.items() if "layer4.0." in key}
+    deeper = {key.replace("layer4.0.", "layer4.1."): value for key, value in weights.items()
+              if "layer4.0." in key}
     torch.save(weights | deeper, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match=r"weights\.pth is not of a test_resnet.*layer4\.1\. .*--encoder"):
+    with pytest.raises(InputError,
+                       match=r"weights\.pth is not of a test_resnet.*layer4\.1\. .*--encoder"):
         load_encoder_weights(network(), TINY, tmp_path / "weights.pth")
 
 
@@ -275,12 +289,14 @@ def write_empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("write", [write_text, write_tensor, write_list, write_numbers, write_truncated, write_empty])
+@pytest.mark.parametrize(
+    "write", [write_text, write_tensor, write_list, write_numbers, write_truncated, write_empty])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_that_is_no_state_dict_is_an_error_that_names_it(write, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     write(path)
-    with pytest.raises(InputError, match=re.escape(f"{path} is not a state dict of encoder weights")):
+    with pytest.raises(InputError,
+                       match=re.escape(f"{path} is not a state dict of encoder weights")):
         load_encoder_weights(network(), TINY, path)
 
 
@@ -303,7 +319,8 @@ def test_code_inside_a_weights_file_is_not_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["absent.pth", "absent.safetensors", "."])
 def test_a_missing_weights_file_is_an_error_that_names_it(name, tmp_path):
-    with pytest.raises(InputError, match=re.escape(f"--encoder_weights {tmp_path / name}: no such file")):
+    with pytest.raises(InputError,
+                       match=re.escape(f"--encoder_weights {tmp_path / name}: no such file")):
         load_encoder_weights(network(), TINY, tmp_path / name)
 
 
@@ -313,14 +330,17 @@ def test_an_unreachable_hub_is_an_error_that_names_both_ways_out(monkeypatch):
 
     target = network()
     monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(InputError, match=r"of test_resnet could not be fetched \(Name or service not known\).*"
-                                         r"--encoder_weights FILE.*--no-pretrained"):
+    with pytest.raises(InputError,
+                       match=r"of test_resnet could not be fetched \(Name or service not known\).*"
+                       r"--encoder_weights FILE.*--no-pretrained"):
         load_encoder_weights(target, TINY)
 
 
-def test_without_a_file_the_hub_is_asked_for_the_encoders_own_weights_without_classifier(monkeypatch):
+def test_without_a_file_the_hub_is_asked_for_the_encoders_own_weights_without_classifier(
+        monkeypatch):
     asked, source, target = [], network(seed=1), network(seed=2)
-    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: asked.append((args, kwargs)) or source)
+    monkeypatch.setattr(timm, "create_model",
+                        lambda *args, **kwargs: asked.append((args, kwargs)) or source)
     load_encoder_weights(target, TINY)
     assert asked == [((TINY,), {"pretrained": True, "num_classes": 0})]
     assert same_weights(target.state_dict(), source.state_dict())
@@ -352,7 +372,7 @@ def test_lite0_finds_its_packaged_weights_and_becomes_another_network(monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(filled, entries[:-2], strict=True))
 
 
-# ------------------------------------------------------------------------------ regression, temperature, raw pixels
+# ----------------------------------------------------------- regression, temperature, raw pixels
 
 
 def test_a_regression_model_predicts_expression_by_one_linear_layer():
@@ -361,12 +381,12 @@ def test_a_regression_model_predicts_expression_by_one_linear_layer():
     with torch.inference_mode():
         features = model.image_encoder(pixels)
         layer = model.state_dict()
-        torch.testing.assert_close(model.encode_image(pixels), features @ layer["image_projection.weight"].T
-                                   + layer["image_projection.bias"])
+        expected = features @ layer["image_projection.weight"].T + layer["image_projection.bias"]
+        torch.testing.assert_close(model.encode_image(pixels), expected)
     assert model.width == 37
     assert torch.equal(model.encode_expression(expression), expression)
-    assert {key for key in layer if not key.startswith("image_encoder.")} == {"image_projection.weight",
-                                                                             "image_projection.bias"}
+    assert {key for key in layer if not key.startswith("image_encoder.")} == {
+        "image_projection.weight", "image_projection.bias"}
 
 
 def test_a_learned_temperature_starts_as_configured_stays_above_zero_and_is_kept():

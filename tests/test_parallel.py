@@ -1,5 +1,6 @@
-"""Training over several processes, and training that is killed: both must end where one undisturbed process would."""
+"""Training on several processes, and training that is killed, end as one undisturbed process."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -8,13 +9,14 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from test_scripts import TRAIN, prepare
+from makers import TRAIN, prepare
 
 import main
+from heclip import model, parallel
 from heclip.dataset import Run
 from heclip.files import InputError, sha256
 
-# One step a batch of all ranks, without what differs by design: batch norm (test_vit has none) and dropout.
+# Without what differs between ranks by design: batch norm (test_vit has none) and dropout.
 STEPS = """
 import functools, sys
 import main, heclip.model
@@ -23,15 +25,16 @@ main.main(sys.argv[1:])
 """
 
 
-def start(project, flags, processes=1, code=STEPS, wrapper=None):
-    """Run `code` with these flags on one process, or under torchrun, written to the file `wrapper`, on several."""
+def start(project, flags, code, wrapper=None):
+    """Run `code` with these flags: one process, or two by torchrun from the file `wrapper`."""
     launch = [sys.executable, "-c", code]
-    if processes > 1:
+    if wrapper:
         wrapper.write_text(code)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                  str(wrapper)]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                  "--nproc_per_node", "2", str(wrapper)]
     env = {**os.environ, "PYTHONPATH": str(project / "code"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *map(str, flags)], capture_output=True, text=True, timeout=200, env=env)
+    return subprocess.run([*launch, *map(str, flags)], capture_output=True, text=True, timeout=300,
+                          env=env, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,59 +72,60 @@ parallel.finish()
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one(project, tmp_path):
-    done = start(project, [], 2, code=GRADIENTS, wrapper=tmp_path / "wrapper.py")
+    done = start(project, [], GRADIENTS, tmp_path / "wrapper.py")
     assert done.returncode == 0, done.stderr
     assert "rank 0 of 2: equal" in done.stdout
     assert "rank 1 of 2: equal" in done.stdout
 
 
-def test_two_processes_train_as_one(small, project, tmp_path):
+def test_two_processes_train_as_one(small, project, tmp_path, monkeypatch):
     flags = [*small, "--encoder", "test_vit", "--image_size", "160", "--max_epochs", "2"]
-    for processes in (1, 2):
-        done = start(project, [*flags, "--save_path", tmp_path / str(processes)], processes,
-                     wrapper=tmp_path / "wrapper.py")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("epoch 2:") == 1  # one writer
-    one, two = (pd.read_csv(Run("parallel", "heg", tmp_path / str(n)).losses) for n in (1, 2))
+    monkeypatch.setattr(main, "configure", functools.partial(model.configure, dropout=0.0))
+    main.main([*flags, "--save_path", str(tmp_path / "1")])
+    done = start(project, [*flags, "--save_path", tmp_path / "2"], STEPS, tmp_path / "wrapper.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2:") == 1  # one writer
+    one, two = (pd.read_csv(Run("parallel", "heg", tmp_path / n).losses) for n in "12")
     columns = ["train_loss", "validation_loss"]  # retrieval jumps where two spots are equally near
     pd.testing.assert_frame_equal(one[columns], two[columns], rtol=1e-3)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(small, project, tmp_path):
-    done = start(project, [*small, "--batch_size", "15", "--save_path", tmp_path], 2, wrapper=tmp_path / "wrapper.py",
-                 code="import main; from heclip import command; command.run(main.main)")
-    assert done.returncode != 0
-    assert "--batch_size 15 cannot be shared equally by 2 processes" in done.stderr
+def test_a_batch_that_cannot_be_shared_is_refused(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(main.parallel, "start", lambda device: parallel.Ranks(0, 2, device))
+    with pytest.raises(InputError, match="--batch_size 15 cannot be shared equally by 2 processes"):
+        main.main([*small, "--batch_size", "15", "--save_path", str(tmp_path)])
 
 
-def test_killed_and_resumed_training_ends_in_the_same_bytes(small, project, tmp_path):
-    flags = [*small, "--max_epochs", "4", "--save_path", str(tmp_path / "run")]
-    train = "import sys, main; main.main(sys.argv[1:])"
-    assert start(project, flags, code=train).returncode == 0
-    run = Run("parallel", "heg", tmp_path / "run")
-    undisturbed = {path: sha256(path) for path in (run.checkpoint, run.losses)}
-    weights = torch.load(run.last, weights_only=True)["model"]
-    for path in (*undisturbed, run.last):
-        path.unlink()
-    # Killed outright at the first step of the third epoch.
-    killed = start(project, flags, code="""
+# Killed outright at the first step of the third epoch.
+KILLED = """
 import os, signal, sys
 import main
 
 save = main.save_progress
 
-def save_and_arm(path, model, optimiser, losses, facts):
-    save(path, model, optimiser, losses, facts)
+def save_and_arm(path, trained, optimiser, losses):
+    save(path, trained, optimiser, losses)
     if len(losses) == 2:
         main.random_turns = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 main.save_progress = save_and_arm
 main.main(sys.argv[1:])
-""")
+"""
+
+
+def test_killed_and_resumed_training_ends_in_the_same_bytes(small, project, tmp_path, capsys):
+    flags = [*small, "--max_epochs", "4", "--save_path", str(tmp_path / "run")]
+    main.main(flags)
+    run = Run("parallel", "heg", tmp_path / "run")
+    undisturbed = {path: sha256(path) for path in (run.checkpoint, run.losses)}
+    weights = torch.load(run.last, weights_only=True)["model"]
+    for path in (*undisturbed, run.last):
+        path.unlink()
+    killed = start(project, flags, KILLED)
     assert killed.returncode == -signal.SIGKILL
     assert len(pd.read_csv(run.losses)) == 2
-    done = start(project, [*flags, "--resume"], code=train)
-    assert "resuming after epoch 2" in done.stdout, done.stderr
+    main.main([*flags, "--resume"])
+    assert "resuming after epoch 2" in capsys.readouterr().out
     assert {path: sha256(path) for path in undisturbed} == undisturbed
     for name, value in torch.load(run.last, weights_only=True)["model"].items():
         assert torch.equal(value, weights[name]), name

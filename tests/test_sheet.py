@@ -1,4 +1,4 @@
-"""sheet.py and preprocess_custom.py: whatever form a section comes in, the processed files are the same."""
+"""sheet.py, preprocess_custom.py: the processed files are the same whatever form a section has."""
 
 import json
 import warnings
@@ -28,7 +28,7 @@ FACTORS = {"tissue_hires_scalef": 0.5, "tissue_lowres_scalef": 0.25, "spot_diame
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Where every stage writes; without the pictures to check by eye, which take most of the time."""
+    """Where every stage writes; without the pictures to check by eye, which take most time."""
     under(tmp_path / "root", monkeypatch)
     monkeypatch.setattr(sheet, "ROOT", tmp_path / "root")
     monkeypatch.setattr(figures, "spots_over_slide", lambda *_: None)
@@ -55,7 +55,7 @@ def write_image(path, image):
 
 
 def to_anndata(name, ids="index"):
-    """A section as others store it. ids: in var's index beside a column of symbols, or a column beside symbols."""
+    """A section as others store it. ids: in var's index with a column of symbols, or a column."""
     counts, table, _ = raw_section(name)
     spots = table.loc[counts.index]
     var = pd.DataFrame({"gene_symbols": SYMBOLS}, index=GENES) if ids == "index" else (
@@ -64,22 +64,24 @@ def to_anndata(name, ids="index"):
         warnings.filterwarnings("ignore", "Variable names are not unique")
         return anndata.AnnData(scipy.sparse.csr_matrix(counts.to_numpy(np.float32)), var=var,
                                obs=spots[["in_tissue", "array_row", "array_col"]],
-                               obsm={"spatial": spots[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)})
+                               obsm={"spatial": spots[["pxl_col_in_fullres",
+                                                       "pxl_row_in_fullres"]].to_numpy(float)})
 
 
-# ------------------------------------------------------------------------- the same section in every form
+# ---------------------------------------------------------------- the same section in every form
 # Each writes one section below a folder, and returns its cells of the sheet.
 
 
-def space_ranger(folder, name, positions="tissue_positions_list.csv", header=False, matrix="h5", prefix="",
-                 outs="outs"):
+def space_ranger(folder, name, positions="tissue_positions_list.csv", header=False, matrix="h5",
+                 prefix="", outs="outs"):
     counts, table, image = raw_section(name)
     top = folder / f"{name} [1]" / outs
     if matrix == "h5":
-        write_h5(top / f"{prefix}filtered_feature_bc_matrix.h5", counts, counts.index, GENES, SYMBOLS)
+        write_h5(top / f"{prefix}filtered_feature_bc_matrix.h5", counts, counts.index, GENES,
+                 SYMBOLS)
     else:
-        write_mtx(top / f"{prefix}filtered_feature_bc_matrix", counts.to_numpy(), counts.index, GENES, SYMBOLS,
-                  suffix=".gz")
+        write_mtx(top / f"{prefix}filtered_feature_bc_matrix", counts.to_numpy(), counts.index,
+                  GENES, SYMBOLS, suffix=".gz")
     write_positions(top / "spatial" / f"{prefix}{positions}", table.reset_index(), header)
     (top / "spatial" / "scalefactors_json.json").write_text(json.dumps(FACTORS))
     write_image(top / "spatial" / "tissue_hires_image.png", image[::2, ::2])
@@ -93,7 +95,8 @@ def visium_hd(folder, name):
     cells = space_ranger(folder, name, outs="outs/binned_outputs/square_016um")
     bins = folder / f"{name} [1]" / "outs" / "binned_outputs" / "square_016um"
     (bins / "spatial" / "tissue_positions_list.csv").unlink()
-    typed = table.reset_index().astype({"in_tissue": np.uint8, "array_row": np.uint32, "array_col": np.uint32})
+    typed = table.reset_index().astype(
+        {"in_tissue": np.uint8, "array_row": np.uint32, "array_col": np.uint32})
     typed.to_parquet(bins / "spatial" / "tissue_positions.parquet")
     (bins.parent / "square_002um").mkdir()
     return cells | {"bin": "16", "pitch": "100"}  # the lattice here is Visium's
@@ -107,10 +110,12 @@ def stated_files(folder, name):
 
 
 def one_flat_folder(folder, name):
-    """As on GEO: all sections' files side by side, told apart by what their names begin with."""
+    """As on GEO: all sections' files side by side, distinguished by how their names begin."""
     counts, table, image = raw_section(name)
-    write_mtx(folder / "flat", counts.to_numpy(), counts.index, GENES, SYMBOLS, prefix=f"GSM_{name}_", suffix=".gz")
-    write_positions(folder / "flat" / f"GSM_{name}_tissue_positions_list.csv.gz", table.reset_index())
+    write_mtx(folder / "flat", counts.to_numpy(), counts.index, GENES, SYMBOLS,
+              prefix=f"GSM_{name}_", suffix=".gz")
+    write_positions(folder / "flat" / f"GSM_{name}_tissue_positions_list.csv.gz",
+                    table.reset_index())
     write_image(folder / "flat" / f"{name}.png", image)
     return {"counts": f"flat/GSM_{name}_matrix.mtx.gz", "image": f"flat/{name}.png"}
 
@@ -139,14 +144,15 @@ def hest(folder, name, image=True):
         (top / part).mkdir(parents=True, exist_ok=True)
     adata = to_anndata(name)
     adata.write_h5ad(top / "st" / f"{name}.h5ad")
-    (top / "metadata" / f"{name}.json").write_text(json.dumps({"pixel_size_um_estimated": 3.0, "inter_spot_dist": 100}))
+    (top / "metadata" / f"{name}.json").write_text(
+        json.dumps({"pixel_size_um_estimated": 3.0, "inter_spot_dist": 100}))
     if image:
         write_image(top / "wsis" / f"{name}.tif", raw_section(name)[2])
     return {"counts": "hest"}
 
 
 def hest_patches(folder, name):
-    """No slide, but patches as hestcore writes them, in another order and without those off the tissue."""
+    """No slide, but patches as hestcore writes them: in another order, and only those on tissue."""
     cells = hest(folder, name, image=False)
     _, table, image = raw_section(name)
     table = table[table["in_tissue"] == 1].sample(frac=1, random_state=5)
@@ -154,7 +160,8 @@ def hest_patches(folder, name):
     with h5py.File(folder / "hest" / "patches" / f"{name}.h5", "w") as file:
         file["img"] = obvious_patches(image, xy, PATCH)
         file["coords"] = np.rint(xy).astype(np.int64) - PATCH // 2
-        file.create_dataset("barcode", data=np.array(table.index, object)[:, None], dtype=h5py.string_dtype())
+        file.create_dataset("barcode", data=np.array(table.index, object)[:, None],
+                            dtype=h5py.string_dtype())
     return cells
 
 
@@ -163,8 +170,9 @@ FORMS = {
     "Space Ranger 2": lambda *a: space_ranger(*a, positions="tissue_positions.csv", header=True),
     "a headed _list": lambda *a: space_ranger(*a, header=True),
     "mtx": lambda *a: space_ranger(*a, matrix="mtx"),
-    "mtx with prefixes": lambda folder, name: space_ranger(folder, name, matrix="mtx", prefix=f"{name}_"),
-    "Visium HD": visium_hd, "files": stated_files, "flat folder": one_flat_folder, "scanpy": scanpy_file,
+    "mtx with prefixes": lambda *a: space_ranger(*a, matrix="mtx", prefix=f"{a[1]}_"),
+    "Visium HD": visium_hd, "files": stated_files, "flat folder": one_flat_folder,
+    "scanpy": scanpy_file,
     "no array": no_array, "HEST": hest, "HEST patches": hest_patches}
 
 
@@ -179,7 +187,8 @@ def expected(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_section_gives_the_same_processed_files_in_every_form(root, expected, tmp_path, form, monkeypatch):
+def test_a_section_gives_the_same_processed_files_in_every_form(
+        root, expected, tmp_path, form, monkeypatch):
     run(write_sheet(tmp_path, {name: FORMS[form](tmp_path, name) for name in SECTIONS}))
     ours = Processed("mine")
     with monkeypatch.context() as there:
@@ -212,7 +221,8 @@ def test_the_picture_to_check_by_eye_is_drawn_from_stored_patches_too(tmp_path, 
     assert (tmp_path / "root/figure/QC/mine/A1.jpg").stat().st_size > 10_000
     entry = Processed("mine").read("A1").uns["spatial"]["A1"]
     thumbnail, (_, table, image) = entry["images"]["hires"], raw_section("A1")
-    x, y = table.loc[table["in_tissue"] == 1, ["pxl_col_in_fullres", "pxl_row_in_fullres"]].round().astype(int).iloc[7]
+    x, y = table.loc[table["in_tissue"] == 1,
+                     ["pxl_col_in_fullres", "pxl_row_in_fullres"]].round().astype(int).iloc[7]
     np.testing.assert_array_equal(thumbnail[y, x], image[y, x])
     assert entry["scalefactors"]["tissue_hires_scalef"] == 1
 
@@ -227,15 +237,19 @@ def test_a_spot_without_a_stored_patch_is_left_out(root, tmp_path):
     run(path)
     adata = Processed("mine").read("A1")
     assert adata.n_obs == len(Processed("mine").patches("A1")) == 21
-    counts = adata.layers["counts"].toarray().astype(float)  # the median is that of the spots that are left
+    # the median is that of the spots that are left
+    counts = adata.layers["counts"].toarray().astype(float)
     total = counts.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(adata.X.toarray(), np.log1p(counts / total * np.median(total)), rtol=1e-5)
+    np.testing.assert_allclose(adata.X.toarray(), np.log1p(counts / total * np.median(total)),
+                               rtol=1e-5)
 
 
 @pytest.mark.parametrize(("damage", "says"), [
-    (lambda file: file["coords"].__setitem__(slice(None), file["coords"][:][::-1]), "do not lie around"),
+    (lambda file: file["coords"].__setitem__(slice(None), file["coords"][:][::-1]),
+     "do not lie around"),
     (lambda file: file.__delitem__("barcode"), "not a file of patches"),
-    (lambda file: file["barcode"].__setitem__(slice(None), [[f"x{i}"] for i in range(24)]), "none of the section's 24"),
+    (lambda file: file["barcode"].__setitem__(slice(None), [[f"x{i}"] for i in range(24)]),
+     "none of the section's 24"),
     (lambda file: file["barcode"].__setitem__(0, file["barcode"][1]), "occurs more than once")])
 def test_stored_patches_that_do_not_fit_are_refused(root, tmp_path, damage, says):
     path = write_sheet(tmp_path, {name: hest_patches(tmp_path, name) for name in SECTIONS})
@@ -246,24 +260,27 @@ def test_stored_patches_that_do_not_fit_are_refused(root, tmp_path, damage, says
     assert not list(root.rglob("A1*"))
 
 
-# ------------------------------------------------------------------------- where files are looked for
+# -------------------------------------------------------------------- where files are looked for
 
 
 def test_the_positions_of_another_section_are_not_taken_when_ones_own_are_absent(root, tmp_path):
     rows = {name: one_flat_folder(tmp_path, name) for name in SECTIONS}
     (tmp_path / "flat" / "GSM_A1_tissue_positions_list.csv.gz").unlink()
-    with pytest.raises(InputError, match=r"mine\.csv, A1: .*flat: no positions of its spots.*column positions"):
+    with pytest.raises(InputError,
+                       match=r"mine\.csv, A1: .*flat: no positions of its spots.*column positions"):
         run(write_sheet(tmp_path, rows))
 
 
 def test_several_files_that_could_be_meant_are_named(root, tmp_path):
     rows = {name: one_flat_folder(tmp_path, name) for name in SECTIONS}
     rows["A1"]["counts"] = "flat"
-    with pytest.raises(InputError, match=r"GSM_A1_matrix.mtx.gz, GSM_C1_matrix.mtx.gz could each be meant"):
+    with pytest.raises(InputError,
+                       match=r"GSM_A1_matrix.mtx.gz, GSM_C1_matrix.mtx.gz could each be meant"):
         run(write_sheet(tmp_path, rows))
 
 
-@pytest.mark.parametrize(("size", "folder"), [("", "008"), ("8", "008"), ("square_016um", "016"), ("2", "002")])
+@pytest.mark.parametrize(("size", "folder"),
+                         [("", "008"), ("8", "008"), ("square_016um", "016"), ("2", "002")])
 def test_bins_of_visium_hd_are_8_microns_unless_chosen(tmp_path, size, folder):
     pytest.importorskip("pyarrow")
     for um in ("002", "008", "016"):
@@ -280,7 +297,8 @@ def test_bins_of_visium_hd_are_8_microns_unless_chosen(tmp_path, size, folder):
 
 def test_bins_that_are_not_there_are_an_error_that_lists_those_that_are(tmp_path):
     space_ranger(tmp_path, "A1", outs="outs/binned_outputs/square_008um")
-    _, problems, _ = sheet.read_sheet(write_sheet(tmp_path, {"A1": {"counts": "A1 [1]/outs", "bin": "16"}}))
+    _, problems, _ = sheet.read_sheet(
+        write_sheet(tmp_path, {"A1": {"counts": "A1 [1]/outs", "bin": "16"}}))
     assert "no bins of '16' microns, but square_008um" in problems[0]
 
 
@@ -302,17 +320,22 @@ def test_hests_own_pixel_size_counts_where_there_is_no_lattice(tmp_path):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_a_sheet_from_any_spreadsheet_is_read(tmp_path, separator):
-    path = write_sheet(tmp_path, {name: stated_files(tmp_path, name) | {"Age": "7"} for name in SECTIONS}, separator)
-    path.write_text("\ufeff" + path.read_text().replace("section", " Section ", 1) + separator * 3 + "\n\n")
+    path = write_sheet(tmp_path, {name: stated_files(tmp_path, name) | {"Age": "7"}
+                                  for name in SECTIONS}, separator)
+    path.write_text(
+        "\ufeff" + path.read_text().replace("section", " Section ", 1) + separator * 3 + "\n\n")
     sections, problems, ignored = sheet.read_sheet(path)
     assert [section.name for section in sections] == list(SECTIONS)
     assert (problems, ignored) == ([], ["age"])
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("", "lacks the column section, counts, donor, role"), ("section,counts,role\n", "lacks the column donor"),
-    ("section,counts,donor,role\n", "lists no section"), ("section,counts,donor,role\nA,b,c,d,e\n", "line 2 has 5"),
-    ("section,role,counts,donor,role\n", "stands twice"), (b"\xff\xfe\x00\xd8", "cannot be read as a sample sheet")])
+    ("", "lacks the column section, counts, donor, role"),
+    ("section,counts,role\n", "lacks the column donor"),
+    ("section,counts,donor,role\n", "lists no section"),
+    ("section,counts,donor,role\nA,b,c,d,e\n", "line 2 has 5"),
+    ("section,role,counts,donor,role\n", "stands twice"),
+    (b"\xff\xfe\x00\xd8", "cannot be read as a sample sheet")])
 def test_an_unreadable_sheet_is_one_error(tmp_path, text, says):
     path = tmp_path / "mine.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -333,9 +356,11 @@ def test_positions_are_scaled_to_a_smaller_image(root, tmp_path, scale, factor):
     run(write_sheet(tmp_path, rows), "--patch_px", "4")
     adata = Processed("mine").read("A1")
     _, table, image = raw_section("A1")
-    xy = table.loc[adata.obs_names, ["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy() * factor
+    xy = table.loc[adata.obs_names,
+                   ["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy() * factor
     np.testing.assert_allclose(adata.obsm["spatial"], xy)
-    np.testing.assert_array_equal(Processed("mine").patches("A1"), obvious_patches(image[::step, ::step], xy, 4))
+    np.testing.assert_array_equal(Processed("mine").patches("A1"),
+                                  obvious_patches(image[::step, ::step], xy, 4))
     assert Processed("mine").sections().loc["A1", "mpp"] == pytest.approx(100 / STEP / factor)
 
 
@@ -344,22 +369,26 @@ def test_an_anndatas_own_scale_factors_are_used(root, tmp_path):
     adata.uns["spatial"] = {"lib": {"scalefactors": FACTORS}}
     adata.write_h5ad(tmp_path / "A1.h5ad")
     write_image(tmp_path / "A1.png", raw_section("A1")[2][::2, ::2])
-    section, = sheet.read_sheet(write_sheet(tmp_path, {"A1": {"counts": "A1.h5ad", "image": "A1.png",
-                                                              "scale": "hires"}}))[0]
+    section, = sheet.read_sheet(write_sheet(
+        tmp_path, {"A1": {"counts": "A1.h5ad", "image": "A1.png", "scale": "hires"}}))[0]
     assert section.scale == 0.5
 
 
 def test_patches_in_microns_are_alike_at_any_resolution(root, tmp_path):
     """The same section scanned twice as finely: other pixels, the same tissue."""
     counts, table, image = raw_section("A1")
-    image = np.repeat(np.repeat(image[::8, ::8], 8, axis=0), 8, axis=1)  # so coarse that resampling shows little
+    # so coarse that resampling shows little
+    image = np.repeat(np.repeat(image[::8, ::8], 8, axis=0), 8, axis=1)
     for name, factor in (("A1", 1), ("C1", 2)):
         write_h5(tmp_path / f"{name}.h5", counts, counts.index, GENES, SYMBOLS)
         pixels = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
-        write_positions(tmp_path / f"{name}.csv", table.assign(**table[pixels].round() * factor).reset_index())
-        write_image(tmp_path / f"{name}.tif", np.repeat(np.repeat(image, factor, axis=0), factor, axis=1))
-    run(write_sheet(tmp_path, {name: {"counts": f"{name}.h5", "positions": f"{name}.csv", "image": f"{name}.tif"}
-                               for name in SECTIONS}), "--patch_um", "80")
+        write_positions(tmp_path / f"{name}.csv",
+                        table.assign(**table[pixels].round() * factor).reset_index())
+        write_image(tmp_path / f"{name}.tif",
+                    np.repeat(np.repeat(image, factor, axis=0), factor, axis=1))
+    rows = {name: {"counts": f"{name}.h5", "positions": f"{name}.csv", "image": f"{name}.tif"}
+            for name in SECTIONS}
+    run(write_sheet(tmp_path, rows), "--patch_um", "80")
     table = Processed("mine").sections()
     assert table["mpp"].tolist() == pytest.approx([5, 2.5], rel=0.01)
     assert table["crop_px"].tolist() == [16, 32]
@@ -374,7 +403,8 @@ def test_stored_patches_are_cut_to_microns_and_never_enlarged_beyond_their_tissu
     run(path, "--patch_um", "40", "--patch_px", "8")  # 8 of the 16 pixels, at 5 um each
     adata = Processed("mine").read("A1")
     image = raw_section("A1")[2]
-    np.testing.assert_array_equal(Processed("mine").patches("A1"), obvious_patches(image, adata.obsm["spatial"], 8))
+    np.testing.assert_array_equal(Processed("mine").patches("A1"),
+                                  obvious_patches(image, adata.obsm["spatial"], 8))
     with pytest.raises(InputError, match="patches show 80 µm, less than --patch_um 100"):
         run(path, "--patch_um", "100")
 
@@ -383,7 +413,8 @@ def test_stored_patches_are_cut_to_microns_and_never_enlarged_beyond_their_tissu
 
 
 def genes(**symbols):
-    return pd.DataFrame({"symbol": list(symbols.values())}, index=pd.Index(list(symbols), name="gene_id"))
+    return pd.DataFrame({"symbol": list(symbols.values())},
+                        index=pd.Index(list(symbols), name="gene_id"))
 
 
 def versioned(table, version):
@@ -403,7 +434,8 @@ def test_versions_of_ensembl_ids_are_left_out_only_where_they_keep_sections_apar
 
 
 def test_an_id_that_would_occur_twice_keeps_its_version():
-    twice = pd.concat([versioned(A.iloc[:1], 1), versioned(A.iloc[:1], 2), versioned(A.iloc[1:], 1)])
+    twice = pd.concat(
+        [versioned(A.iloc[:1], 1), versioned(A.iloc[:1], 2), versioned(A.iloc[1:], 1)])
     new, _ = sheet.agree({"A": twice, "B": A})
     assert set(new["A"]) == {"ENSG2.1", "ENSG3.1", "ENSG4.1"}
 
@@ -411,18 +443,21 @@ def test_an_id_that_would_occur_twice_keeps_its_version():
 def test_symbols_bridge_to_ids_only_where_they_stand_for_one_gene():
     by_symbol = genes(**{symbol: symbol for symbol in ("ACTB", "MATR3", "PAX7", "NEW1")})
     new, report = sheet.agree({"A": A, "B": by_symbol})
-    assert new == {"A": {}, "B": {"ACTB": "ENSG1", "PAX7": "ENSG4"}}  # MATR3 is two genes, NEW1 none
+    # MATR3 is two genes, NEW1 none
+    assert new == {"A": {}, "B": {"ACTB": "ENSG1", "PAX7": "ENSG4"}}
     assert "B names genes by symbol alone: 2 of its 4" in report[0]
     # Another section that means another gene by a symbol makes it ambiguous everywhere.
     new, _ = sheet.agree({"A": A, "B": by_symbol, "C": genes(ENSG1="ACTB", ENSG9="PAX7")})
     assert new["B"] == {"ACTB": "ENSG1"}
     # Two symbols for one gene, an old and a new one, cannot both become its id.
-    new, _ = sheet.agree({"A": A, "B": genes(ACTB="ACTB", PAX7="PAX7", PAX7B="PAX7B"), "C": genes(ENSG4="PAX7B")})
+    new, _ = sheet.agree(
+        {"A": A, "B": genes(ACTB="ACTB", PAX7="PAX7", PAX7B="PAX7B"), "C": genes(ENSG4="PAX7B")})
     assert new["B"] == {"ACTB": "ENSG1"}
 
 
 def test_sections_that_all_name_genes_by_symbol_are_left_alone():
-    assert sheet.agree({"A": genes(ACTB="ACTB"), "B": genes(ACTB="ACTB", PAX7="PAX7")}) == ({"A": {}, "B": {}}, [])
+    assert sheet.agree({"A": genes(ACTB="ACTB"), "B": genes(ACTB="ACTB", PAX7="PAX7")}) == (
+        {"A": {}, "B": {}}, [])
 
 
 @pytest.mark.parametrize("first", ["ids", "symbols"])
@@ -430,34 +465,38 @@ def test_sections_with_versions_symbols_or_plain_ids_have_one_panel(root, tmp_pa
     """The same counts under three namings: panels and expression by id, whichever comes first."""
     counts, table, image = raw_section("A1")
     namings = {"A1": ([f"{gene}.3" for gene in GENES], SYMBOLS), "C1": (GENES, SYMBOLS),
-               "S1": ([f"{symbol}{'-1' if symbol in SYMBOLS[:i] else ''}" for i, symbol in enumerate(SYMBOLS)],) * 2}
+               "S1": ([f"{symbol}{'-1' if symbol in SYMBOLS[:i] else ''}"
+                       for i, symbol in enumerate(SYMBOLS)],) * 2}
     for name, (ids, symbols) in namings.items():
         write_h5(tmp_path / f"{name}.h5", counts, counts.index, ids, symbols)
     write_positions(tmp_path / "spots.csv", table.reset_index())
     write_image(tmp_path / "slide.tif", image)
     order = sorted(namings, reverse=first == "symbols")
-    path = write_sheet(tmp_path, {name: {"counts": f"{name}.h5", "positions": "spots.csv", "image": "slide.tif"}
-                                  for name in order})
+    path = write_sheet(tmp_path, {name: {"counts": f"{name}.h5", "positions": "spots.csv",
+                                         "image": "slide.tif"} for name in order})
     run(path)
     said = capsys.readouterr().out
     assert "share 60 genes without them, 0 with them" in said
-    assert "S1 names genes by symbol alone: 56 of its 60" in said  # GENE0 and GENE1 occur twice, and so does -1
+    # GENE0 and GENE1 occur twice, and so does -1
+    assert "S1 names genes by symbol alone: 56 of its 60" in said
     assert "56 genes are in every section" in said
     panel = Processed("mine").panel("heg")
-    assert set(panel.index) <= set(GENES[2:58])
-    matrices = [Processed("mine").expression(name, "heg", panel) for name in namings]
+    assert set(panel.ids) <= set(GENES[2:58])
+    matrices = [Processed("mine").expression(name, panel) for name in namings]
     np.testing.assert_array_equal(matrices[0], matrices[1])
     np.testing.assert_array_equal(matrices[0], matrices[2])
 
     before = snapshot(root)
-    run(path, "--section", "S1")  # a job of its own comes to the same names, and makes nothing anew
+    # a job of its own comes to the same names, and makes nothing again
+    run(path, "--section", "S1")
     assert snapshot(root) == before
 
 
 def test_a_section_that_joins_the_sheet_changes_the_ids_of_those_it_must(root, tmp_path):
     counts, table, image = raw_section("A1")
     for name, end in (("A1", ".3"), ("C1", ".3"), ("D1", "")):
-        write_h5(tmp_path / f"{name}.h5", counts, counts.index, [gene + end for gene in GENES], SYMBOLS)
+        write_h5(tmp_path / f"{name}.h5", counts, counts.index, [gene + end for gene in GENES],
+                 SYMBOLS)
     write_positions(tmp_path / "spots.csv", table.reset_index())
     write_image(tmp_path / "slide.tif", image)
     rows = {name: {"counts": f"{name}.h5", "positions": "spots.csv", "image": "slide.tif"}
@@ -473,14 +512,15 @@ def test_a_section_that_joins_the_sheet_changes_the_ids_of_those_it_must(root, t
 
 
 def test_check_shows_what_there_is_and_writes_nothing(root, tmp_path, capsys):
-    path = write_sheet(tmp_path, {"A1": space_ranger(tmp_path, "A1") | {"age": 7}, "C1": hest_patches(tmp_path, "C1")})
+    path = write_sheet(tmp_path, {"A1": space_ranger(tmp_path, "A1") | {"age": 7},
+                                  "C1": hest_patches(tmp_path, "C1")})
     before = snapshot(tmp_path)
     run(path, "--check")
     assert snapshot(tmp_path) == before
     said = capsys.readouterr().out
     total = raw_section("A1")[0].sum(axis=1)[raw_section("A1")[1]["in_tissue"] == 1]
-    for fact in ("reference", "query", "24", "60", f"{round(np.median(total))}", "5", "80", f"{WIDTH} x {HEIGHT}",
-                 "csv, no header", "24 of 24", "h5ad", "patches of 16 px"):
+    for fact in ("reference", "query", "24", "60", f"{round(np.median(total))}", "5", "80",
+                 f"{WIDTH} x {HEIGHT}", "csv, no header", "24 of 24", "h5ad", "patches of 16 px"):
         assert fact in said
     assert "60 genes are in every section" in said
     assert "columns not used: age" in said
@@ -502,7 +542,8 @@ def test_check_finds_everything_that_is_wrong_at_once_and_writes_nothing(root, t
         "C1": {"role": "test"}, "no counts": {"counts": "nowhere"}, "empty": {"counts": ""},
         "no positions": {"positions": "nowhere.csv"}, "no image": {"image": ""},
         "no donor": {"donor": ""}, "a/b": {}, "mpp": {"mpp": "half"}, "scale": {"scale": "big"},
-        "logged": {"counts": "logged/matrix.mtx"}, "outside": {"image": "A1 [1]/outs/spatial/tissue_hires_image.png"},
+        "logged": {"counts": "logged/matrix.mtx"},
+        "outside": {"image": "A1 [1]/outs/spatial/tissue_hires_image.png"},
         "off tissue": {"positions": "elsewhere.csv"}, "one place": {"positions": "one_place.csv"},
         "damaged": {"image": "gone.tif"}, "mouse": {"counts": "mouse.h5"}}
     path = write_sheet(tmp_path, {"A1": good} | {name: good | cells for name, cells in bad.items()})
@@ -511,14 +552,18 @@ def test_check_finds_everything_that_is_wrong_at_once_and_writes_nothing(root, t
     with pytest.raises(InputError, match=r"to mend, listed above\. Nothing was written"):
         run(path, "--check")
     assert snapshot(tmp_path) == before
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[:1].isdigit() and ". " in line[:4]]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()
+             and ". " in line[:4]]
     for section, says in [
             ("C1", "role 'test' is neither"), ("no counts", "nowhere is missing: its counts"),
             ("empty", "counts are empty"),
-            ("no positions", "nowhere.csv is missing: its positions"), ("no image", "its image is empty"),
-            ("no donor", "its donor is empty"), ("a/b", "cannot be the name of a file"), ("mpp", "mpp is 'half'"),
-            ("scale", "scale is 'big'"), ("logged", "not counts"), ("outside", "With hires in the column scale all"),
-            ("off tissue", "no spot is under tissue"), ("one place", "too few spots"),
+            ("no positions", "nowhere.csv is missing: its positions"),
+            ("no image", "its image is empty"),
+            ("no donor", "its donor is empty"), ("a/b", "cannot be the name of a file"),
+            ("mpp", "mpp is 'half'"),
+            ("scale", "scale is 'big'"), ("logged", "not counts"),
+            ("outside", "With hires in the column scale all"),
+            ("off tissue", "no spot is under tissue"), ("line", "on a line"),
             ("damaged", "cannot be read as an image"),
             ("A1", "another line names too")]:
         assert any(f". {section}: " in line and says in line for line in lines), section
@@ -542,7 +587,8 @@ def test_check_suggests_microns_where_patches_show_different_widths(root, tmp_pa
 def test_an_mpp_that_the_lattice_contradicts_is_noted(root, tmp_path, capsys):
     rows = {name: stated_files(tmp_path, name) | {"mpp": "2.5"} for name in SECTIONS}
     run(write_sheet(tmp_path, rows), "--check")
-    assert "mpp is 2.5 as stated, but 5 if neighbouring spots are 100 µm apart" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mpp is 2.5 as stated, but 5 if neighbouring spots are 100 µm apart" in said
 
 
 # ------------------------------------------------------------------------- names and commands
@@ -559,20 +605,22 @@ def test_errors_of_later_stages_name_the_command_that_made_the_dataset(root, tmp
     path = write_sheet(tmp_path, {name: stated_files(tmp_path, name) for name in SECTIONS})
     run(path, "--name", "other", "--markers", "GENE3")
     processed = Processed("other")
-    assert processed.panel("heg")["marker"].sum() <= 1
+    assert processed.panel("heg").markers == ["GENE3"]
     processed.patches_path("A1").unlink()
     with pytest.raises(InputError) as error:
         processed.patches("A1")
     command = str(error.value).split("Make it with: ")[1]
-    assert command == (f"python code/preprocess_custom.py {path} {' '.join(SMALL)} --name other --markers GENE3")
+    assert command == (
+        f"python code/preprocess_custom.py {path} {' '.join(SMALL)} --name other --markers GENE3")
     with pytest.raises(InputError, match="--protocol paper"):
-        processed.panel("heg_paper")
+        processed.panel("heg", "paper")
     preprocess_custom.main(command.split()[2:])
     assert len(processed.patches("A1")) == 24
 
 
 def test_a_dataset_that_nobody_made_is_told_how(root):
-    with pytest.raises(InputError, match=r"MOB.*python code/preprocess_custom\.py SHEET --name mine") as error:
+    with pytest.raises(InputError,
+                       match=r"MOB.*python code/preprocess_custom\.py SHEET --name mine") as error:
         Processed("mine").sections()
     assert "custom," not in str(error.value)
 
@@ -589,14 +637,16 @@ def test_an_unknown_section_is_refused(root, tmp_path):
 def test_muscle_sections_are_prepared_with_their_hires_picture(root, tmp_path, real_data, capsys):
     data = real_data("scMuscle") / "visium_data"
     path = write_sheet(tmp_path, {name: {
-        "counts": data / folder, "image": data / folder / "spatial/aligned_fiducials.jpg", "scale": scale,
-        "role": role} for name, folder, role, scale in (("Vis5A", "Vis5A_2dpi", "reference", "hires"),
+        "counts": data / folder, "image": data / folder / "spatial/aligned_fiducials.jpg",
+        "scale": scale, "role": role} for name, folder, role, scale in (
+            ("Vis5A", "Vis5A_2dpi", "reference", "hires"),
                                                         ("Vis7B", "Vis7B_5dpi", "query", "hires"))})
     run(path, "--check")
     run(path, "--patch_um", "200")
     table = Processed("mine").sections()
     assert table["n_spots"].tolist() == [982, 1011]
-    np.testing.assert_allclose(table["mpp"], [0.3599 / 0.090057634, 0.3591 / 0.090057634], rtol=1e-3)
+    np.testing.assert_allclose(table["mpp"], [0.3599 / 0.090057634, 0.3591 / 0.090057634],
+                               rtol=1e-3)
     assert table["crop_px"].tolist() == [50, 50]
     # Spots lie on tissue: in this picture it is darker than the glass around it.
     patches = Processed("mine").patches("Vis5A")[:, 7:9, 7:9].mean(axis=(1, 2, 3))

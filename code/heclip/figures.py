@@ -177,28 +177,37 @@ def predicted_maps(prediction, genes, path):
 
 
 def calibration_figure(prediction, path, title=""):
-    """Draw whether the uncertainties mean something: each beside what it is to foretell.
+    """Draw whether the uncertainties mean something: each next to what it is to predict.
 
-    prediction: AnnData, spots x panel, as infer.py writes it: layers["true"]; obs["similarity"] and obs["spread"];
-    var["pearson"] and, from a model that had validation spots, var["expected_pearson"].
-    Per spot, the root mean squared error over genes by tenths of each measure; per gene, the correlation reached.
+    prediction: AnnData, spots x panel, as infer.py writes it: layers["true"]; obs["similarity"] and
+    obs["spread"], but for a regression; var["pearson"] and, from a model that had validation spots,
+    var["expected_pearson"]. Without any of these nothing is drawn.
+    Per spot, the root mean squared error over genes by tenths of each measure; per gene, the
+    correlation reached.
     """
-    error = np.sqrt(((prediction.X - prediction.layers["true"]) ** 2).mean(axis=1))  # (n,)
+    labels = {"similarity": "similarity to", "spread": "spread of"}
+    measures = [measure for measure in labels if measure in prediction.obs]
     genes = "expected_pearson" in prediction.var
-    figure = Figure(figsize=(3.1 * (2 + genes), 3.2), layout="constrained")
-    panels = list(figure.subplots(1, 2 + genes, squeeze=False)[0])
-    for axes, measure, label in zip(panels, ("similarity", "spread"), ("similarity to", "spread of"), strict=False):
+    n_panels = len(measures) + genes
+    if not n_panels:
+        return
+    error = np.sqrt(((prediction.X - prediction.layers["true"]) ** 2).mean(axis=1))  # (n,)
+    figure = Figure(figsize=(3.1 * n_panels, 3.2), layout="constrained")
+    panels = list(figure.subplots(1, n_panels, squeeze=False)[0])
+    for axes, measure in zip(panels, measures, strict=False):
         value = prediction.obs[measure].to_numpy()
         tenths = np.array_split(np.argsort(value, kind="stable"), min(10, len(value)))
         axes.scatter(value, error, s=4, linewidths=0, color="0.8", rasterized=True)
-        axes.plot([value[rows].mean() for rows in tenths], [error[rows].mean() for rows in tenths], "o-", ms=4,
-                  color=GROUP_COLOURS[0])
-        axes.set(xlabel=f"{label} the retrieved spots", ylabel="RMSE of the spot")
+        axes.plot([value[rows].mean() for rows in tenths], [error[rows].mean() for rows in tenths],
+                  "o-", ms=4, color=GROUP_COLOURS[0])
+        axes.set(xlabel=f"{labels[measure]} the retrieved spots", ylabel="RMSE of the spot")
         axes.set_title(f"ρ = {_rank_correlation(value, error):.2f}", loc="right", fontsize=9)
     if genes:
-        expected, reached = (prediction.var[column].to_numpy() for column in ("expected_pearson", "pearson"))
+        expected, reached = (prediction.var[column].to_numpy()
+                             for column in ("expected_pearson", "pearson"))
         panels[-1].axline((0, 0), slope=1, color="0.6", linewidth=0.8)
-        panels[-1].scatter(expected, reached, s=6, linewidths=0, color=GROUP_COLOURS[0], alpha=0.6, rasterized=True)
+        panels[-1].scatter(expected, reached, s=6, linewidths=0, color=GROUP_COLOURS[0], alpha=0.6,
+                           rasterized=True)
         panels[-1].set(xlabel="Pearson of the gene, expected", ylabel="reached")
         panels[-1].set_title(f"ρ = {_rank_correlation(expected, reached):.2f}", loc="right", fontsize=9)
     for axes in panels:

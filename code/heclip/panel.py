@@ -69,10 +69,11 @@ def read_panel(path):
     try:
         with open(path) as file:
             how = json.loads(file.readline().removeprefix("#"))
-            genes = pd.read_csv(file, index_col="gene_id", keep_default_na=False)
+            genes = pd.read_csv(file, dtype={"gene_id": str, "symbol": str}, index_col="gene_id",
+                                keep_default_na=False)
         return Panel(how["type"], how["protocol"], genes, how["sections"], how["n_top"],
                      how["markers"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a panel that a preprocess script wrote "
                          f"({first_line(error)}). Run that script again") from None
 
