@@ -563,7 +563,7 @@ def test_check_finds_everything_that_is_wrong_at_once_and_writes_nothing(root, t
             ("mpp", "mpp is 'half'"),
             ("scale", "scale is 'big'"), ("logged", "not counts"),
             ("outside", "With hires in the column scale all"),
-            ("off tissue", "no spot is under tissue"), ("line", "on a line"),
+            ("off tissue", "no spot is under tissue"), ("one place", "too few spots"),
             ("damaged", "cannot be read as an image"),
             ("A1", "another line names too")]:
         assert any(f". {section}: " in line and says in line for line in lines), section
