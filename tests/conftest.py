@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow a busy machine tenfold
-os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side; and sums in one order are equal to the last bit
-os.environ["HECLIP_ROOT"] = tempfile.mkdtemp(prefix="heclip-tests-")  # before heclip is imported: it is read once
+# Threads that spin while they wait slow a busy machine tenfold. The tests run side by side, and sums in
+# one order are equal to the last bit.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["OMP_NUM_THREADS"] = "1"
+# Before heclip is imported, which reads it once.
+os.environ["HECLIP_ROOT"] = tempfile.mkdtemp(prefix="heclip-tests-")
 
 PROJECT = Path(__file__).resolve().parents[1]
-SHARED = PROJECT.parent / "shared" / "data"
+# Real data: HECLIP_SHARED, or the folder next to the checkout.
+SHARED = Path(os.environ.get("HECLIP_SHARED") or PROJECT.parent / "shared" / "data")
 
 
 @pytest.fixture

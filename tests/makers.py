@@ -1,0 +1,78 @@
+"""Builders that several test files share: a small data set, a panel, a model, digests of files.
+
+The small data set is the demo of preprocess_demo.py: four sections of about 100 spots, of which
+DEMO_C1 is the query; 150 genes; patches of 32 px. It takes a second to make.
+"""
+
+from dataclasses import replace
+
+import pandas as pd
+import torch
+
+import preprocess_demo
+from heclip.checkpoint import Trained, load_checkpoint, save_checkpoint
+from heclip.dataset import Processed
+from heclip.files import sha256
+from heclip.model import HECLIP, configure
+from heclip.panel import Panel
+from heclip.preprocess import preprocess
+from heclip.settings import Training
+
+GRID, GENES = (14, 12), 150
+REFERENCE, QUERY = ["DEMO_A1", "DEMO_B1", "DEMO_D1"], "DEMO_C1"
+TRAIN = ["--encoder", "test_resnet", "--no-pretrained", "--batch_size", "16", "--device", "cpu"]
+
+
+def small_dataset(name):
+    """The demo's Dataset under another name, smaller."""
+    sections = [replace(section, n_spots=None) for section in preprocess_demo.DATASET.sections]
+    return replace(preprocess_demo.DATASET, name=name, sections=sections, n_hvg=60, n_heg=60,
+                   patch_px=32)
+
+
+def prepare(name, *flags):
+    """Make the small data set `name` and preprocess it; flags: of its preprocess script.
+
+    Again under the same name, only what changed is made again. Returns its Dataset.
+    """
+    dataset = small_dataset(name)
+    if not dataset.raw.exists():
+        preprocess_demo.generate(dataset.raw, grid=GRID, n_genes=GENES)
+    preprocess(dataset, list(flags))
+    return dataset
+
+
+def panel_of(*ids, kind="heg", protocol="strict", sections=("A", "B"), markers=()):
+    """A Panel of the genes `ids`, whose symbols are their ids."""
+    genes = pd.DataFrame({"symbol": ids}, index=pd.Index(ids, name="gene_id"))
+    genes["marker"] = genes["symbol"].isin(markers)
+    return Panel(kind, protocol, genes, list(sections), len(ids), list(markers))
+
+
+def network(kind="heg", n_genes=4, patch_px=32, seed=0, **options):
+    """A HECLIP of the smallest encoder, as it was drawn, in evaluation mode. options: of `configure`."""
+    torch.manual_seed(seed)
+    return HECLIP(configure("test_resnet", kind, n_genes, patch_px, **options)).eval()
+
+
+def untrained(path, dataset, kind="heg", seed=0, protocol="strict", recipe="heclip", **changes):
+    """Write a checkpoint as main.py does for the small data set, of a network as it was drawn.
+
+    changes: fields of the Trained to be other than they would be. Returns it as loaded.
+    """
+    processed = Processed(dataset)
+    table = processed.sections().loc[REFERENCE]
+    panel = processed.panel(kind, protocol, REFERENCE)
+    settings = Training(dataset=dataset, type=kind, protocol=protocol, recipe=recipe,
+                        encoder="test_resnet", pretrained=False)
+    trained = Trained(
+        network(kind, len(panel), seed=seed), settings, panel, table["digest"].to_dict(),
+        int(table["patch_px"].iloc[0]), float((table["crop_px"] * table["mpp"]).mean()))
+    save_checkpoint(path, replace(trained, **changes))
+    return load_checkpoint(path)
+
+
+def hashes(folder):
+    """The SHA-256 of every file below a folder, by its relative path."""
+    return {str(path.relative_to(folder)): sha256(path)
+            for path in sorted(folder.rglob("*")) if path.is_file()}
