@@ -4,9 +4,12 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import shlex
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,58 +23,72 @@ DRAWING = threading.Lock()  # matplotlib is not made for threads
 FORMAT = 2  # of the processed files; a higher one makes every section anew
 
 
-def preprocess(dataset, argv=None):
-    """Prepare a dataset for main.py: patches, log-normalised expression, gene panels, and a picture to check by eye.
+def preprocess(dataset, argv=None, generate=None):
+    """Prepare a dataset for main.py: patches, expression, gene panels, and a picture to check by eye.
 
-    A section whose raw files and settings are unchanged is not read again. Sections are independent of each other: in
-    other processes, or in other jobs on other machines, they give the same files.
+    A section whose raw files and settings are unchanged is not read again. Sections are independent of
+    each other: in other processes, or in other jobs on other machines, they give the same files.
+    generate: called with the raw folder first, for a dataset that is made and not downloaded.
     """
+    script = Path(sys.argv[0]).stem
+    if script.startswith("preprocess_") and script != f"preprocess_{dataset.name}":
+        raise InputError(
+            f"{script}.py would prepare the dataset {dataset.name!r}, which preprocess_{dataset.name}.py "
+            f"makes. Call it like the script: name={script.removeprefix('preprocess_')!r}")
     flags = argparse.ArgumentParser(description=f"Prepare {dataset.name} for training.",
                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--raw", metavar="DIR", default=dataset.raw,
+    flags.add_argument("--raw", metavar="DIR", default=dataset.raw, type=Path,
                        help="folder of the raw files, as downloaded or as an old checkout arranged them")
     add_flags(flags, dataset.patch_px)
-    prepare(dataset, flags.parse_args(argv))
+    args = flags.parse_args(argv)
+    if generate:
+        generate(args.raw)
+    dataset = replace(dataset, patch_um=args.patch_um, patch_px=args.patch_px)
+    prepare(dataset, args.raw, args.protocol, args.workers, args.section)
 
 
 def add_flags(flags, patch_px):
     """The flags that every preprocess script has."""
     flags.add_argument("--protocol", choices=["strict", "paper"], default="strict",
-                       help="paper: prepare also the published panel and batch correction, over all sections")
+                       help="paper: also prepare the published panel and batch correction, over all "
+                            "sections")
     flags.add_argument("--workers", type=command.positive, default=1,
-                       help="processes to share the sections between; a single one prepares two at a time")
+                       help="processes to share the sections between; a single one prepares two at a "
+                            "time")
     flags.add_argument("--section", nargs="+", metavar="NAME",
-                       help="prepare these sections only, and no panel: for jobs that share the work. When all are "
-                            "done, run once more without this flag")
+                       help="prepare these sections only, and no panel: for jobs that share the work. "
+                            "When all are done, run once more without this flag")
     flags.add_argument("--patch_um", type=command.above_zero, metavar="UM",
-                       help="side of the patches in microns, resampled to --patch_px: for sections of different "
-                            "resolution. Default: --patch_px pixels of the image as they are")
-    flags.add_argument("--patch_px", type=command.positive, default=patch_px, help="side of the patches in pixels")
+                       help="side of the patches in microns, resampled to --patch_px: for sections of "
+                            "different resolution. Default: --patch_px pixels of the image as they are")
+    flags.add_argument("--patch_px", type=command.positive, default=patch_px,
+                       help="side of the patches in pixels")
 
 
-def prepare(dataset, args):
-    """What `preprocess` does, with its flags read."""
-    dataset = replace(dataset, patch_um=args.patch_um, patch_px=args.patch_px)
-    if unknown := set(args.section or ()) - {section.name for section in dataset.sections}:
+def prepare(dataset, raw, protocol="strict", workers=1, only=None):
+    """Write the processed files of a dataset; with `only`, those of some sections, and no panel.
+
+    raw: the folder below which the sections' patterns are looked for; None where they are exact paths.
+    """
+    names = [section.name for section in dataset.sections]
+    if unknown := set(only or ()) - set(names):
         raise InputError(f"--section {min(unknown)}: {dataset.name} has no such section, but "
-                         f"{', '.join(section.name for section in dataset.sections)}")
+                         f"{', '.join(names)}")
     processed = Processed(dataset.name)
-    chosen = [section for section in dataset.sections if args.section is None or section.name in args.section]
-    jobs = [(dataset, section, args.raw, processed) for section in chosen]
-    rows = preprocess_sections(jobs, args.workers)
-    if args.section:
+    check_own(processed, dataset)
+    jobs = [(dataset, section, raw, processed) for section in dataset.sections
+            if only is None or section.name in only]
+    rows = preprocess_sections(jobs, workers)
+    if only:
         return
     table = pd.DataFrame(rows).set_index("section")
     with atomic_path(processed.sections_path) as path:
         table.to_csv(path)
-    if dataset.command:
-        with atomic_path(processed.command_path) as path:
-            path.write_text(dataset.command + "\n")
 
     genes = {section.name: processed.genes(section.name) for section in dataset.sections}
     for panel_type in ("hvg", "heg"):
         write_panel(dataset, processed, genes, panel_type, "strict")
-        if args.protocol == "paper":
+        if protocol == "paper":
             write_panel(dataset, processed, genes, panel_type, "paper")
 
     shown = table[["donor", "role", "n_spots", "n_genes", "mpp", "padded"]]
@@ -81,6 +98,25 @@ def prepare(dataset, args):
     for path in sorted(processed.folder.glob("panel_*.csv")):
         print(f"panel {path.stem.removeprefix('panel_')}: {len(read_panel(path))} genes")
     print(f"Look at {ROOT / 'figure' / 'QC' / dataset.name}: every spot must lie on its tissue.")
+
+
+def check_own(processed, dataset):
+    """Raise InputError if another sample sheet made the processed files; note which sheet makes them."""
+    if dataset.command is None:
+        return
+    path = processed.command_path
+    earlier = path.read_text().strip() if path.exists() else dataset.command
+    if sheet_of(earlier) != sheet_of(dataset.command):
+        raise InputError(f"{processed.folder} was made from {sheet_of(earlier)}, not from "
+                         f"{sheet_of(dataset.command)}. Call this dataset otherwise with --name, or "
+                         "delete that folder")
+    with atomic_path(path) as temporary:
+        temporary.write_text(dataset.command + "\n")
+
+
+def sheet_of(text):
+    """The sample sheet in a command of preprocess_custom.py."""
+    return shlex.split(text)[2]
 
 
 def preprocess_sections(jobs, workers=1):
