@@ -1,7 +1,8 @@
 """Builders that several test files share: a small data set, a panel, a model, digests of files.
 
 The small data set is the demo of preprocess_demo.py: four sections of about 100 spots, of which
-DEMO_C1 is the query; 150 genes; patches of 32 px, 39 µm wide. Its raw files are made once, then copied.
+DEMO_C1 is the query; 150 genes; patches of 32 px, 39 µm wide. Its raw files are made once, then
+copied.
 """
 
 import shutil
@@ -54,7 +55,7 @@ def panel_of(*ids, kind="heg", protocol="strict", sections=("A", "B"), markers=(
 
 
 def network(kind="heg", n_genes=4, patch_px=32, seed=0, **options):
-    """A HECLIP of the smallest encoder, as it was drawn, in evaluation mode. options: of `configure`."""
+    """A HECLIP of the smallest encoder, as it was drawn. options: of `configure`."""
     torch.manual_seed(seed)
     return HECLIP(configure("test_resnet", kind, n_genes, patch_px, **options)).eval()
 

@@ -1,4 +1,4 @@
-"""Slides without expression: predicted as infer.py predicts a section, mistakes in one clear line."""
+"""Slides without expression: predicted as infer.py predicts a section; mistakes are one line."""
 
 import json
 import subprocess
