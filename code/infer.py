@@ -113,8 +113,9 @@ from heclip.prediction import (
     reference_of,
     save_embeddings,
 )
-from heclip.retrieval import average_expression, random_spots, smooth
+from heclip.retrieval import average_expression, random_spots
 from heclip.settings import Predicting
+from heclip.spots import smooth
 
 
 @dataclass

@@ -20,7 +20,9 @@ if __name__ == "__main__":
     command.run(parse_training)  # a wrong flag is answered here: the imports below take seconds
 
 import math
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,7 +54,7 @@ from heclip.checkpoint import (
 )
 from heclip.dataset import Processed, Run
 from heclip.features import digest, features_of
-from heclip.files import InputError, atomic_path
+from heclip.files import InputError, atomic_path, locked
 from heclip.loss import LOSSES, regression_loss
 from heclip.metrics import mean_defined, pearson_per_gene
 from heclip.model import HECLIP, configure, load_encoder_weights
@@ -74,9 +76,18 @@ class History(NamedTuple):
 def train(settings: Training, run: Run) -> History:
     """Train a model as `settings` say, and write it where `run` says.
 
+    The model appears when training has finished: whoever reads it meanwhile reads the one before.
     Raises InputError if the data are missing or too few, or if another model lies there already.
     """
     ranks = parallel.start(command.pick_device(settings.device))
+    with locked(run.checkpoint) if ranks.rank == 0 else nullcontext():
+        history = fit(settings, run, ranks)
+    parallel.finish()
+    return history
+
+
+def fit(settings, run, ranks):
+    """What `train` does, as one of the ranks, with no other training of this model at the same time."""
     rank, world, device = ranks
     say = print if rank == 0 else lambda *_, **__: None
     if settings.freeze and world > 1:
@@ -122,8 +133,10 @@ def train(settings: Training, run: Run) -> History:
     if settings.resume and run.last.exists():
         losses = load_progress(run.last, trained, optimiser)
         say(f"resuming after epoch {len(losses)}")
-    elif not settings.overwrite:
-        check_replaceable(run, trained)
+    elif rank == 0:
+        if not settings.overwrite:
+            check_replaceable(run, trained)
+        run.unfinished.unlink(missing_ok=True)
     best = max((row.get("validation_pearson", -math.inf) for row in losses), default=-math.inf)
     steps = len(training) // batch_size * settings.max_epochs
 
@@ -180,16 +193,16 @@ def train(settings: Training, run: Run) -> History:
         say(f"{report}  {speeds[-1]:,.0f} patches/s", flush=True)
         if rank == 0:
             if is_best:
-                save_checkpoint(run.checkpoint, trained)
+                save_checkpoint(run.unfinished, trained)
             with atomic_path(run.losses) as path:
                 pd.DataFrame(losses).to_csv(path, index=False)
             save_progress(run.last, trained, optimiser, losses)
+    if rank == 0 and run.unfinished.exists():
+        os.replace(run.unfinished, run.checkpoint)
     if len(validation):
         say(f"best: validation Pearson {best:.4f}; model in {run.checkpoint}")
     else:
         say(f"model of the last epoch in {run.checkpoint}")
-    del model  # before the group of processes that it averages over
-    parallel.finish()
     return History(losses, speeds, len(training))
 
 

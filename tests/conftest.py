@@ -1,6 +1,8 @@
 """Every test runs below a project root of its own: none touches the real data or results."""
 
+import io
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -33,3 +35,19 @@ def real_data():
         return SHARED / name
 
     return folder
+
+
+@pytest.fixture
+def when_waiting(monkeypatch):
+    """A function that has another one called as soon as a process says that it waits for a lock."""
+    def call(function):
+        class Stderr(io.StringIO):
+            def write(self, text):
+                if "another process is writing it; waiting" in text:
+                    function()
+                return super().write(text)
+
+        monkeypatch.setattr(sys, "stderr", Stderr())
+        return sys.stderr
+
+    return call

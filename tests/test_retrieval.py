@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from heclip.retrieval import average_expression, centre, random_spots, retrieve, smooth, spread
+from heclip.retrieval import average_expression, centre, random_spots, retrieve, spread
 
 
 def cosine(query, reference):
@@ -127,6 +127,7 @@ def test_what_shifts_all_of_a_section_changes_nothing_that_is_retrieved():
     index_moved, similarity_moved = retrieve(*centre(query + mean, moved), 10)
     np.testing.assert_array_equal(index_moved, index)
     np.testing.assert_allclose(similarity_moved, similarity, atol=1e-6)
+<<<<<<< HEAD
     without_centring, _ = retrieve(query + mean, np.concatenate(moved), 10)
     assert (without_centring != index).mean() > 0.5
 
@@ -169,3 +170,6 @@ def test_width_zero_smooths_nothing_and_a_lone_spot_stays_as_it_is():
     own = 1 / (1 + np.exp(-0.5))  # the other spot lies one width away
     np.testing.assert_allclose(smooth(prediction, xy, 1.0)[0],
                                own * prediction[0] + (1 - own) * prediction[1])
+=======
+    assert (retrieve(query + mean, np.concatenate(moved), 10)[0] != index).mean() > 0.5  # but for the centring
+>>>>>>> core

@@ -9,7 +9,6 @@
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,19 +24,18 @@ from . import command, sources, wholeslide
 from .batches import encode_patches
 from .checkpoint import SAME_WIDTH, load_checkpoint
 from .dataset import Processed, Run
-from .files import InputError
+from .files import InputError, atomic_path
 from .prediction import (
     KINDS,
     Reference,
     embed_expression,
     embed_section,
     fresh_embeddings,
-)
-from .prediction import (
     predict as predict_from,
 )
 from .settings import predicting
 from .slide import THUMBNAIL
+from .spots import array_of, lattice, pitch as spot_pitch
 
 VISIUM_UM = 100  # distance of neighbouring spots, where the reference's lie on no lattice
 FINGERPRINT = 1 << 20  # bytes at either end of a slide's file that tell it from another
@@ -119,7 +117,7 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
     processed = Processed(trained.settings.dataset)
     trained.check(processed, None)
     warn_of_widths(trained, processed)
-    lattice = read_lattice(processed, list(trained.reference))
+    own = read_lattice(processed, list(trained.reference))
     with wholeslide.open_whole_slide(image) as slide:
         mpp = wholeslide.microns_per_pixel(slide, mpp)
         crop = trained.patch_um / mpp
@@ -131,8 +129,8 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
                 stacklevel=3)
         thumbnail, scale = wholeslide.thumbnail(slide, mpp)
         if positions is None:
-            spots = spots_on_tissue(slide, thumbnail, scale, mpp, pitch or lattice.pitch_um,
-                                    lattice.spot_um)
+            spots = spots_on_tissue(slide, thumbnail, scale, mpp, pitch or own.pitch_um,
+                                    own.spot_um)
         else:
             spots = given_spots(positions)
         xy = spots[["x", "y"]].to_numpy(np.float64)
@@ -153,7 +151,7 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
     library = {
         "images": {"hires": wholeslide.shrunk(thumbnail, shrink)},
         "scalefactors": {"tissue_hires_scalef": scale / shrink,
-                         "spot_diameter_fullres": lattice.spot_um / mpp},
+                         "spot_diameter_fullres": own.spot_um / mpp},
         "metadata": {"mpp": mpp, "source_image_path": Path(image).name}}
     about = {"query": slide_identity(image), "reference": list(trained.reference),
              "how": asdict(how), "unit": "log-normalised expression", "model": trained.facts()}
@@ -192,9 +190,9 @@ def read_lattice(processed, sections):
     for section in sections:
         adata = processed.spots(section)
         (library,) = adata.uns["spatial"].values()
-        mpp, (x, y) = library["metadata"]["mpp"], adata.obsm["spatial"].T
-        with suppress(ValueError, KeyError):  # spots that lie on no lattice
-            pitch_um.append(sources.spot_pitch(adata.obs.assign(x=x, y=y)) * mpp)
+        mpp = library["metadata"]["mpp"]
+        with suppress(ValueError):  # of a single spot, say
+            pitch_um.append(spot_pitch(adata.obsm["spatial"], array_of(adata.obs)) * mpp)
         spot_um.append(library["scalefactors"]["spot_diameter_fullres"] * mpp)
     return Lattice(float(np.mean(pitch_um or [VISIUM_UM])), float(np.mean(spot_um)))
 
@@ -243,7 +241,7 @@ def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
     """The spots of a lattice that lie on tissue. scale: thumbnail pixels per full-resolution
     pixel."""
     tissue = wholeslide.find_tissue(thumbnail, mpp / scale)
-    spots = wholeslide.lattice(slide.width, slide.height, pitch_um / mpp)
+    spots = lattice(slide.width, slide.height, pitch_um / mpp)
     share = wholeslide.share_on_tissue(spots, tissue, scale, spot_um / mpp)
     spots = spots[share >= wholeslide.ON_TISSUE]
     if not len(spots):
@@ -302,11 +300,5 @@ def write_spatialdata(prediction, folder):
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists. Name another folder with --spatialdata, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with atomic_path(folder) as temporary:
         to_spatialdata(prediction).write(temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -316,6 +316,7 @@ class Run:
         self.folder = save / dataset
         self.checkpoint = self.folder / f"{name}_best.pt"
         self.last = self.folder / f"{name}_last.pt"
+        self.unfinished = self.folder / f"{name}_unfinished.pt"  # the best epoch of a running training
         self.losses = self.folder / f"{name}_losses.csv"
         self.prediction = self.folder / f"{name}_prediction.h5ad"
         self.genes = self.folder / f"{name}_genes.csv"

@@ -16,7 +16,8 @@ from .batches import Patches, encode_patches
 from .checkpoint import from_facts, saved_digest
 from .features import features_of, kept
 from .files import InputError, atomic_path, first_line
-from .retrieval import average_expression, centre, retrieve, smooth, spread
+from .retrieval import average_expression, centre, retrieve, spread
+from .spots import smooth
 
 KINDS = {"gene": ("gene",), "image": ("image",), "both": ("gene", "image")}
 

@@ -16,8 +16,9 @@ import pandas as pd
 
 from . import command, expression, figures, slide, sources
 from .dataset import ROOT, Dataset, Processed, patches_digest
-from .files import InputError, atomic_path, sha256, write_h5ad
+from .files import InputError, atomic_path, locked, sha256, temporary_path, write_h5ad
 from .panel import choose_panel, read_panel
+from .spots import array_of, pitch
 
 DRAWING = threading.Lock()  # matplotlib is not made for threads
 FORMAT = 2  # of the processed files; a higher one makes every section anew
@@ -136,56 +137,88 @@ def preprocess_sections(jobs, workers=1):
 
 
 def preprocess_section(dataset, section, raw, processed):
-    """One section's patches, expression and picture, unless they are up to date. Returns its row of sections.csv."""
+    """One section's patches, expression and picture, unless they are up to date.
+
+    Of several processes that prepare the same section, one works. The others wait, and then find
+    it up to date. Returns the section's row of sections.csv.
+    Raises InputError if a raw file is missing, damaged or does not fit the others.
+    """
     files = {what: sources.find(raw, getattr(section, what), f"{what} of section {section.name}")
              for what in ("counts", "positions", "image")}
     if dataset.symbols:
         files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
-    section_path = processed.section_path(section.name)
-    patches_path = processed.patches_path(section.name)
-    earlier = None
-    if section_path.exists() and patches_path.exists():
-        earlier = processed.spots(section.name)
+    with locked(processed.section_path(section.name)):
+        return update_section(dataset, section, files, processed)
+
+
+def update_section(dataset, section, files, processed):
+    """What `preprocess_section` does, with its raw files found and no other process at it."""
+    earlier = read_earlier(processed, section.name)
     with ThreadPoolExecutor(1) as thread:
         described = thread.submit(describe, dataset, section, files)
         adata = earlier or read_section(dataset, section, files)
     made_from = described.result()
-    made_again = not earlier or json.loads(earlier.uns["made_from"]) != made_from
-    if made_again:
+    changed = not earlier or json.loads(earlier.uns["made_from"]) != made_from
+    if changed:
         if earlier:
             adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
-        mpp = microns_per_pixel(section, adata, files["positions"], dataset.pitch_um)
-        spot_um = dataset.spot_um * (section.pitch_um or dataset.pitch_um) / dataset.pitch_um
-        # Both files appear at once, so that patches of one version never meet expression of another.
-        with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
-            thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches,
-                                             scratch=processed.folder / f".{section.name}.slide.part")
-            adata.uns["patches_digest"] = patches_digest(np.load(patches, mmap_mode="r"))
-            adata.uns["spatial"] = {section.name: {
-                "images": {"hires": thumbnail},
-                "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
-                "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
-            write_h5ad(adata, h5ad)
-            for panel_type in ("hvg", "heg"):  # these were made from what is replaced now
-                processed.corrected_path(section.name, panel_type).unlink(missing_ok=True)
+        write_section(dataset, section, files, adata, processed)
     picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.jpg"
-    if made_again or not picture.exists():
+    if changed or not picture.exists():
         with DRAWING:
             figures.spots_over_slide(adata, section.name, picture)
-    return {
-        "section": section.name, "donor": section.donor, "role": section.role, "n_spots": adata.n_obs,
-        "n_genes": len(processed.genes(section.name)),
-        "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"],
-        "patch_px": dataset.patch_px, "crop_px": int(adata.uns["crop_px"]),
-        "padded": int(adata.uns["padded"]), "image": files["image"].name,
-        "digest": section_digest(adata.uns["made_from"]),
-        "sha256": " ".join(f"{name}:{digest}" for name, digest in made_from["files"].items())}
+    digests = " ".join(f"{name}:{digest}" for name, digest in made_from["files"].items())
+    return {"section": section.name, "donor": section.donor, "role": section.role,
+            "n_spots": adata.n_obs, "n_genes": len(processed.genes(section.name)),
+            "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"],
+            "patch_px": dataset.patch_px, "crop_px": int(adata.uns["crop_px"]),
+            "padded": int(adata.uns["padded"]), "image": files["image"].name,
+            "digest": section_digest(adata.uns["made_from"]), "sha256": digests}
+
+
+def read_earlier(processed, section):
+    """The spots of a section as it was made earlier, or None where it must be made again.
+
+    None, too, where patches and expression were not made together, as after a run that was killed
+    between giving the two their names.
+    """
+    if not processed.section_path(section).exists() or not processed.patches_path(section).exists():
+        return None
+    spots = processed.spots(section)
+    try:
+        processed.patches(section)
+    except InputError:
+        return None
+    return spots
 
 
 def section_digest(made_from):
     """A short name for what a section was made from: its raw files and the settings."""
     return hashlib.sha256(made_from.encode()).hexdigest()[:16]
+
+
+def write_section(dataset, section, files, adata, processed):
+    """Write a section's patches and its expression, to which the picture of the slide is added."""
+    mpp = section_mpp(section, adata, files["positions"], dataset.pitch_um)
+    spot_um = dataset.spot_um * (section.pitch_um or dataset.pitch_um) / dataset.pitch_um
+    section_path = processed.section_path(section.name)
+    patches_path = processed.patches_path(section.name)
+    # Both get their names at the very end, one right after the other: the patches of one version
+    # must not meet the expression of another.
+    with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
+        scratch = temporary_path(processed.folder / f"{section.name}.slide")
+        thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches, scratch)
+        adata.uns["patches_digest"] = patches_digest(np.load(patches, mmap_mode="r"))
+        adata.uns["spatial"] = {section.name: {
+            "images": {"hires": thumbnail},
+            "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
+            "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
+        write_h5ad(adata, h5ad)
+        for kind in ("hvg", "heg"):  # corrected from what is replaced now
+            processed.corrected_path(section.name, kind).unlink(missing_ok=True)
+
+
 
 
 def describe(dataset, section, files):
@@ -261,13 +294,19 @@ def write_patches(dataset, image, adata, mpp, path, scratch):
     return thumbnail, scale
 
 
-def microns_per_pixel(section, adata, positions_path, pitch_um=Dataset.pitch_um):
-    """Of a section's image: as stated, or by the distance of neighbouring spots."""
-    x, y = adata.obsm["spatial"].T
+def section_mpp(section, adata, positions_path, pitch_um=Dataset.pitch_um):
+    """Microns per pixel of a section's image: as stated, or from the pitch in microns and in pixels.
+
+    pitch_um: of the dataset; the section's own comes first. adata: obsm["spatial"] in pixels of the
+    image, obs with or without array_row and array_col. Raises InputError if the spots do not tell it.
+    """
+    if section.mpp:
+        return section.mpp
     try:
-        return section.mpp or (section.pitch_um or pitch_um) / sources.spot_pitch(adata.obs.assign(x=x, y=y))
+        return (section.pitch_um or pitch_um) / pitch(adata.obsm["spatial"], array_of(adata.obs))
     except ValueError as error:
-        raise InputError(f"{positions_path}: {error}. Check that this is the section's own position file") from None
+        raise InputError(f"{positions_path}: {error}. Check that this is the section's own position "
+                         "file") from None
 
 
 def write_panel(dataset, processed, genes, kind, protocol):

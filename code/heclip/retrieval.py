@@ -4,7 +4,6 @@ import numpy as np
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from scipy.spatial import cKDTree
 
 FEW = 20  # patches; see `centre`
 
@@ -79,18 +78,6 @@ def spread(index, expression, block=1024):
         variance = average_expression(rows, squares) - average_expression(rows, expression) ** 2
         spreads.append(np.sqrt(np.maximum(variance, 0)).mean(axis=1))  # rounding can leave less than 0
     return np.concatenate(spreads)
-
-
-def smooth(prediction, xy, width):
-    """Gaussian average over neighbouring spots. prediction: (n, G); xy: (n, 2); width: in spot
-    pitches, 0 for none."""
-    if width == 0:
-        return prediction
-    tree = cKDTree(xy)
-    pitch = np.median(tree.query(xy, 2)[0][:, 1])
-    near = tree.sparse_distance_matrix(tree, 4.001 * width * pitch, output_type="coo_matrix")  # itself included
-    weight = scipy.sparse.csr_array((np.exp(-(near.data / (width * pitch)) ** 2 / 2), near.coords), near.shape)
-    return (weight @ prediction / weight.sum(axis=1)[:, None]).astype(np.float32)
 
 
 def random_spots(n, n_reference, k, seed):

@@ -15,6 +15,8 @@ from .files import InputError
 
 HELP = argparse.ArgumentDefaultsHelpFormatter
 SWITCH = argparse.BooleanOptionalAction
+# Fields of Training that do not change what is learned.
+WHERE_IT_RUNS = ("device", "compile", "resume", "overwrite", "save_path")
 
 
 def flag(default, help, **options):
@@ -143,7 +145,7 @@ class Training:
 
     def differences(self, earlier, also_free=()):
         """In words, the settings that change what is learned and differ from those of `earlier`."""
-        free = {"device", "compile", "resume", "overwrite", "save_path", *also_free}
+        free = {*WHERE_IT_RUNS, *also_free}
         return [f"--{name} was {getattr(earlier, name)}, is {value}"
                 for name, value in vars(self).items()
                 if name not in free and value != getattr(earlier, name)]
@@ -214,10 +216,13 @@ def recipe_settings(name, freeze=False):
 # -------------------------------------------------------------------------------------------- flags
 
 
-def add_flags(parser, defaults):
-    """Add a flag for each field of `defaults`, settings whose values are shown as the defaults."""
+def add_flags(parser, defaults, names=None):
+    """Add a flag for each field of `defaults`, settings whose values are shown as the defaults.
+
+    names: of the fields; None: all that are flags.
+    """
     for item in fields(defaults):
-        if item.metadata:
+        if item.metadata and (names is None or item.name in names):
             default = getattr(defaults, item.name)
             parser.add_argument(f"--{item.name}", default=default, **item.metadata)
 
