@@ -293,7 +293,12 @@ def changes(earlier, trained, free=()):
     changed = trained.settings.differences(earlier.settings, free)
     if list(earlier.panel.ids) != list(trained.panel.ids):
         changed.append(f"its panel differs ({len(earlier.panel)} genes, now {len(trained.panel)})")
-    if list(earlier.reference) != list(trained.reference):
+    if (earlier.reference is None) != (trained.reference is None):
+        changed.append("one of them is a published checkpoint")
+    elif earlier.reference is None:  # of a published one, only the weights are known
+        if earlier.digest != trained.digest:
+            changed.append("its weights differ")
+    elif list(earlier.reference) != list(trained.reference):
         changed.append(f"its reference was {', '.join(earlier.reference)}, is "
                        f"{', '.join(trained.reference)}")
     elif earlier.reference != trained.reference:
