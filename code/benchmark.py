@@ -1,4 +1,4 @@
-"""What each stage costs, next to the plain way of doing the same and to the best this machine can do.
+"""What each stage costs, next to the plain way of doing the same and the best of this machine.
 
     python code/benchmark.py                      every stage, small: about 3 minutes on 2 cores
     python code/benchmark.py --gpu_full           ResNet-50, 12,000 patches of 256 px, 3,467 genes
@@ -6,18 +6,18 @@
 
 prints a table and writes it to save/benchmark.csv. All data is generated below a temporary folder.
 
-Memory. Every measurement runs in a process of its own, so that its peak memory is its own: above what
-imports and inputs take. Of worker processes only those of preprocessing count (--workers), with their
-imports, and each as much as the largest. Pages of mapped files, which the system can take back at any
-time, count too; the column "mapped MB" says how many were held at the end.
+Memory. Every measurement runs in a process of its own, so that its peak memory is its own: above
+what imports and inputs take. Of worker processes only those of preprocessing count (--workers),
+with their imports, and each as much as the largest. Pages of mapped files, which the system can
+take back at any time, count too; the column "mapped MB" says how many were held at the end.
 
-Plain ways (benchmark_plain.py). The same work on the same data as a straightforward author writes it:
-whole slides and dense matrices in memory, one patch at a time with table look-ups, float32, loops over
-genes. Their results are compared with ours.
+Plain ways (benchmark_plain.py). The same work on the same data as a straightforward author writes
+it: whole slides and dense matrices in memory, one patch at a time with table look-ups, float32,
+loops over genes. Their results are compared with ours.
 
 Ceilings. Preprocessing: the bytes of the raw files read once, from the page cache. Training and
-encoding: the model alone on one batch. Retrieval: the bare matrix product. Scoring: one pass over both
-matrices.
+encoding: the model alone on one batch. Retrieval: the bare matrix product. Scoring: one pass over
+both matrices.
 """
 
 import argparse
@@ -72,7 +72,9 @@ def parse(argv=None):
     add_flags(flags, Sizes())
     if flags.parse_args(argv).gpu_full:
         flags.set_defaults(**vars(REAL))
-    return flags.parse_args(argv)
+    args = flags.parse_args(argv)
+    args.image = tuple(args.image)
+    return args
 
 
 if __name__ == "__main__":
@@ -157,17 +159,18 @@ def described(path):
     return {name.strip(): value.strip() for name, value in pairs}
 
 
-# ----------------------------------------------------------------------- jobs in processes, the table
+# --------------------------------------------------------------------- jobs in processes, the table
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a job has measured. A plain way leaves all but the first four as they are.
 
-    seconds: of the fastest repeat. mb: peak memory above what the process held before. mapped_mb: of
-    it, mapped files that were held at the end. gpu_mb: peak memory on the GPU.
-    items, unit: what the job worked through. ceiling, faiss: seconds of the best possible, and of faiss.
-    found: the result that the plain way must find too, in plain data and arrays of a few MB.
+    seconds: of the fastest repeat. mb: peak memory above what the process held before. mapped_mb:
+    of it, mapped files that were held at the end. gpu_mb: peak memory on the GPU.
+    items, unit: what the job worked through. ceiling, faiss: seconds of the best possible and of
+    faiss. found: the result that the plain way must find too; in training, the number of spots that
+    it must train on too.
     """
 
     seconds: float
@@ -187,8 +190,8 @@ NOT_MEASURED = Measured(np.nan, np.nan, np.nan, np.nan)
 def run_stages(stages, sizes, n_rounds, root):
     """Measure some stages, each job in a process of its own whose files go below the folder `root`.
 
-    Returns (the rows of the table, the names of the jobs that failed). After a failure, what does not
-    depend on it still runs.
+    Returns (the rows of the table, the names of the jobs that failed). After a failure, what does
+    not depend on it still runs.
     """
     rows, failed = [], []
 
@@ -227,7 +230,7 @@ def run_stages(stages, sizes, n_rounds, root):
 
 
 def in_own_process(root, work, *arguments):
-    """The result of `work(*arguments)` in a new process, for which `root` is the top of the project.
+    """The result of `work(*arguments)` in a new process, with `root` as the top of the project.
 
     heclip reads HECLIP_ROOT when it is imported, so it is set before the process starts.
     """
@@ -249,7 +252,7 @@ def in_own_process(root, work, *arguments):
 
 
 def report(name, error):
-    """Print why a job failed: one line, after the traceback of its process if the code is at fault."""
+    """Print why a job failed: one line, after the traceback if the code is at fault."""
     if isinstance(error, BrokenProcessPool):
         text = "its process was ended from outside. Perhaps it ran out of memory"
     elif isinstance(error, InputError):
@@ -300,7 +303,7 @@ def write_table(table, machine):
 
 
 def measure(work, repeat=1):
-    """(`work()`, Measured): its best seconds, and its peak memory above what the process held before.
+    """Do the work and measure it. Returns (`work()`, Measured).
 
     repeat: how often work of less than a second is done.
     """
@@ -323,7 +326,7 @@ def measure(work, repeat=1):
 
 
 def memory(what):
-    """Bytes of this process: held now (VmRSS), of it mapped files (RssFile), at its peak (VmHWM)."""
+    """Bytes of this process: held now (VmRSS), of it mapped files (RssFile), at most (VmHWM)."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(described(status)[what].removesuffix(" kB")) * 1024
@@ -331,13 +334,14 @@ def memory(what):
 
 
 def peak_of_children():
-    """Bytes at the peak of the largest process that this one has started and seen end; 0 if none."""
+    """Bytes at the peak of the largest process that this one started and that has ended; else 0."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS
 
 
-# Each job below takes Sizes and returns Measured. A plain way also takes what our way found, and
-# compares. A job runs in a process of its own, where ROOT is the temporary folder. Processed sections
-# are compared from their files, as the later stages read them; all other results are passed back.
+# Each job below takes Sizes and returns Measured; a plain way also takes what our way found, and
+# compares. A job runs in a process of its own, where ROOT is the temporary folder. Results are
+# passed back, 12 MB at most, except for processed sections: these are gigabytes, and files are what
+# preprocessing is for.
 
 # ------------------------------------------------------------------------ raw data, preprocessing
 
@@ -444,7 +448,7 @@ def preprocessing_plain(sizes, _):
         np.testing.assert_array_equal(processed.patches(name), their_patches)
         same = np.isclose(ours.var["dispersion"], theirs["genes"]["dispersions_norm"], 0.01, 0.01,
                           equal_nan=True)
-        assert same.mean() > 0.98, same.mean()  # a gene on the border of two bins may fall in either
+        assert same.mean() > 0.98, same.mean()  # a gene between two bins may fall in either
     return cost
 
 
@@ -512,7 +516,10 @@ def training_step(sizes, batch_size):
 
 
 def training_plain(sizes, n_training):
-    """As published: float32, one item at a time, the loss read at every step. As many patches as ours."""
+    """As published: float32, one item at a time, the loss read at every step.
+
+    n_training: the number of spots that our way trained on.
+    """
     device, model = untrained(sizes)
     model.to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-3)

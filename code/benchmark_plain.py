@@ -1,7 +1,7 @@
-"""The plain way of each stage, which `benchmark.py` compares with: correct, simple, not made to be fast.
+"""The plain way of each stage, which `benchmark.py` compares with: correct, simple, not fast.
 
-Whole slides and dense matrices in memory, one patch at a time with table look-ups, float32, loops over
-genes.
+Whole slides and dense matrices in memory, one patch at a time with table look-ups, float32, loops
+over genes.
 """
 
 import os
@@ -27,12 +27,13 @@ from heclip.slide import THUMBNAIL
 def preprocess(size, dataset, folder):
     """All sections in memory at once: whole slides, dense expression.
 
-    The same products as ours: expression, gene statistics, patches, a digest of each raw file, a picture
-    to check by eye. size: side of a patch in px. Arrays and pictures go to `folder`.
+    The same products as ours: expression, gene statistics, patches, a digest of each raw file, a
+    picture to check by eye. size: side of a patch in px. Arrays and pictures go to `folder`.
     """
     raw, sections = dataset.raw, {}
     for section in dataset.sections:
-        counts = scipy.io.mmread(raw / f"{section.name}.matrix.mtx.gz").toarray().T.astype(np.float32)
+        counts = scipy.io.mmread(raw / f"{section.name}.matrix.mtx.gz")
+        counts = counts.toarray().T.astype(np.float32)
         total = counts.sum(axis=1, keepdims=True)
         expression = np.log1p(counts / total * np.median(total))
         genes = scanpy.pp.highly_variable_genes(scanpy.AnnData(expression), inplace=False)
@@ -49,7 +50,7 @@ def preprocess(size, dataset, folder):
 
 
 def picture(section, path):
-    """Draw the slide, uint8 (H, W, 4), without and with its spots, from a thumbnail as large as ours."""
+    """Draw the slide, uint8 (H, W, 4), without and with its spots, reduced as ours is."""
     shrink = -(-max(section["image"].shape) // THUMBNAIL)
     thumbnail = Image.fromarray(section["image"]).reduce(shrink).convert("RGB")
     figure = Figure(figsize=(10, 5))
@@ -126,7 +127,7 @@ def retrieve(query, reference, k):
 
 
 def score(prediction, truth):
-    """All scores, gene by gene, as published: scaled tables and results grow by one column per gene.
+    """All scores, gene by gene, as published: tables grow by one column per gene.
 
     prediction, truth: DataFrames (n, G). Returns name -> (G,) or a number.
     """

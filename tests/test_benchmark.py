@@ -16,21 +16,22 @@ from heclip.dataset import ROOT
 from heclip.files import InputError
 from heclip.retrieval import retrieve
 
-SMALL = benchmark.Sizes(spots=40, image=(400, 500), all_genes=300, genes=60, encoder="test_resnet",
-                        image_size=32, batch_size=8, epochs=1, queries=30, reference=200, device="cpu")
-FLAGS = ["--spots", "40", "--image", "400", "500", "--all_genes", "300", "--genes", "60", "--encoder",
-         "test_resnet", "--image_size", "32", "--batch_size", "8", "--epochs", "1", "--queries", "30",
-         "--reference", "200", "--device", "cpu"]
+SMALL = benchmark.Sizes(
+    spots=40, image=(400, 500), all_genes=300, genes=60, encoder="test_resnet", image_size=32,
+    batch_size=8, epochs=1, queries=30, reference=200, device="cpu")
+FLAGS = ("--spots 40 --image 400 500 --all_genes 300 --genes 60 --encoder test_resnet "
+         "--image_size 32 --batch_size 8 --epochs 1 --queries 30 --reference 200 "
+         "--device cpu").split()
 
 
 def test_flags_are_sizes():
     args = vars(benchmark.parse(FLAGS))
-    assert replace(SMALL, image=[400, 500]) == benchmark.Sizes(**{name: args[name] for name in vars(SMALL)})
+    assert benchmark.Sizes(**{name: args[name] for name in vars(SMALL)}) == SMALL
 
 
 def test_real_sizes_give_way_to_flags():
     args = benchmark.parse(["--gpu_full", "--spots", "7"])
-    assert (args.encoder, args.image_size, args.batch_size, args.genes) == ("resnet50", 256, 128, 3467)
+    assert (args.encoder, args.image_size, args.image) == ("resnet50", 256, (9000, 11000))
     assert args.spots == 7
 
 
@@ -61,8 +62,8 @@ def test_every_stage_is_measured_and_agrees_with_its_plain_way(capsys):
 
 
 def test_the_command_prints_and_saves_a_table(project, tmp_path):
-    command = [sys.executable, project / "code" / "benchmark.py", *FLAGS, "--stages", "training",
-               "retrieval"]
+    command = [sys.executable, project / "code" / "benchmark.py", *FLAGS, "--stages",
+               "preprocessing", "scoring"]
     done = subprocess.run(command, text=True, capture_output=True,
                           env=os.environ | {"HECLIP_ROOT": str(tmp_path)})
     assert done.returncode == 0, done.stderr
@@ -71,7 +72,7 @@ def test_the_command_prints_and_saves_a_table(project, tmp_path):
     assert machine.removeprefix("# ") in done.stdout
     assert os.listdir(tmp_path) == ["save"]  # all else went to the temporary folder
     table = pd.read_csv(tmp_path / "save" / "benchmark.csv", comment="#", index_col="stage")
-    assert list(table.index) == ["training", "retrieval"]
+    assert list(table.index) == ["preprocessing", "scoring"]
     numbers = table.drop(columns=["unit", "faiss s", "faiss/ours"]).to_numpy(float)
     assert np.isfinite(numbers).all()
     assert table["share"].sum() == pytest.approx(1)
