@@ -127,49 +127,5 @@ def test_what_shifts_all_of_a_section_changes_nothing_that_is_retrieved():
     index_moved, similarity_moved = retrieve(*centre(query + mean, moved), 10)
     np.testing.assert_array_equal(index_moved, index)
     np.testing.assert_allclose(similarity_moved, similarity, atol=1e-6)
-<<<<<<< HEAD
     without_centring, _ = retrieve(query + mean, np.concatenate(moved), 10)
     assert (without_centring != index).mean() > 0.5
-
-
-def slow_smooth(prediction, xy, width):
-    """A Gaussian average over the spots within 4 widths, in units of the spots' distance."""
-    if width == 0:
-        return prediction
-    distance = np.linalg.norm(xy[:, None] - xy, axis=2)
-    pitch = np.median(np.sort(distance, axis=1)[:, 1])
-    smoothed = []
-    for row in distance / pitch:
-        near = np.flatnonzero(row <= 4.001 * width)
-        weight = np.exp(-(row[near] / width) ** 2 / 2)
-        smoothed.append((weight[:, None] * prediction[near]).sum(axis=0) / weight.sum())
-    return np.array(smoothed)
-
-
-@pytest.mark.parametrize("width", [0.1, 0.5, 1.0, 3.0])
-def test_smoothing_is_the_gaussian_average_over_neighbours(width):
-    rng = np.random.default_rng(3)
-    grid = rng.permutation(np.argwhere(np.ones((7, 9))))[:50] * 130.0
-    xy = np.vstack([grid, [[9000, 0]]])  # one far from all
-    prediction = rng.gamma(1, 1, (51, 4)).astype(np.float32)
-    smoothed = smooth(prediction, xy, width)
-    assert smoothed.dtype == np.float32
-    np.testing.assert_allclose(smoothed, slow_smooth(prediction, xy, width), rtol=1e-5)
-    np.testing.assert_allclose(smoothed[-1], prediction[-1], rtol=1e-6)
-    constant = np.full((51, 2), 0.3, np.float32)
-    np.testing.assert_allclose(smooth(constant, xy, width), 0.3, rtol=1e-6)
-    in_another_unit = smooth(prediction, 3.7 * xy + 11, width)
-    np.testing.assert_allclose(in_another_unit, smoothed, rtol=1e-5)
-
-
-def test_width_zero_smooths_nothing_and_a_lone_spot_stays_as_it_is():
-    prediction = np.float32([[1, 5], [3, 1]])
-    xy = np.array([[0.0, 0.0], [100.0, 0.0]])
-    np.testing.assert_array_equal(smooth(prediction, xy, 0), prediction)
-    np.testing.assert_allclose(smooth(prediction[:1], xy[:1], 0.5), prediction[:1])
-    own = 1 / (1 + np.exp(-0.5))  # the other spot lies one width away
-    np.testing.assert_allclose(smooth(prediction, xy, 1.0)[0],
-                               own * prediction[0] + (1 - own) * prediction[1])
-=======
-    assert (retrieve(query + mean, np.concatenate(moved), 10)[0] != index).mean() > 0.5  # but for the centring
->>>>>>> core

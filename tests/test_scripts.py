@@ -448,10 +448,10 @@ def test_one_section_preprocessed_in_another_way_is_refused(tmp_path):
     untrained(Run("one_changed", "heg", tmp_path).checkpoint, "one_changed")
     prepare("one_changed", "--section", QUERY, "--patch_um", "60")
     here = ["--dataset", "one_changed", "--save_path", str(tmp_path)]
-    with pytest.raises(InputError, match="DEMO_C1.* was preprocessed .*since.*Run "):
+    with pytest.raises(InputError, match=r"DEMO_C1.* was preprocessed .*since.*Run "):
         infer.main([*here, *FAST])
     prepare("one_changed", "--section", "DEMO_A1", "--patch_um", "60")
-    with pytest.raises(InputError, match="DEMO_A1.* was preprocessed .*since.*Run "):
+    with pytest.raises(InputError, match=r"DEMO_A1.* was preprocessed .*since.*Run "):
         main.main([*here, *ONE_EPOCH, "--overwrite"])
 
 
@@ -616,7 +616,7 @@ def test_prediction_of_what_the_model_was_not_trained_for_is_refused(held_out, f
 def test_of_several_sections_that_the_model_has_not_seen_one_must_be_named(trained, tmp_path):
     digest = Processed("small").sections()["digest"]
     untrained(tmp_path / "model.pt", "small", reference=digest[["DEMO_C1", "DEMO_D1"]].to_dict())
-    with pytest.raises(InputError, match="has 2 query sections; exactly one .*--query"):
+    with pytest.raises(InputError, match=r"has 2 query sections; exactly one .*--query"):
         infer.main(["--checkpoint", str(tmp_path / "model.pt"), "--save_path", str(tmp_path),
                     *FAST])
 
