@@ -3,9 +3,11 @@
     python GSE/download.py MOB
     python GSE/download.py GSE240429 --section C73_A1 C73_C1
 
-A file comes as `.<name>.part` and gets its name when it is whole: of the size that the server tells, a gzip read to its
-end, the SHA-256 that `SHA256SUMS` beside this script has, if it has one. The next run goes on with a part (HTTP ranges,
-RFC 9110 section 14), unless the server's file is no longer the one that the part began with.
+A file is received as `.<name>.part`. It gets its name when it is whole: it has the size that the
+server states, a gzip was read to its end, and the SHA-256 is that of `SHA256SUMS` next to this
+script, if it is listed there. The next run continues a part (HTTP ranges, RFC 9110 section 14),
+unless the server's file is no longer the one that the part began with. Of several processes that
+want the same file, one downloads it and the others wait.
 """
 
 import argparse
@@ -33,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 
 from heclip import command
 from heclip.dataset import ROOT
-from heclip.files import InputError, sha256
+from heclip.files import InputError, flush, flush_names, locked, sha256
 
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before each further attempt
 TIMEOUT = 60  # seconds without a byte
@@ -45,9 +47,9 @@ SUMS = dict(line.split()[::-1] for line in Path(__file__).with_name("SHA256SUMS"
 
 
 class Source(NamedTuple):
-    """A file on a server: its URL is server + path, and it comes to `path` below the dataset's folder.
+    """A file on a server. Its URL is server + path; it is stored at `path` in the dataset's folder.
 
-    A path with * is a pattern: the server's listing tells the name.
+    A path with * is a pattern: the name is looked up in the server's listing.
     """
 
     server: str
@@ -94,7 +96,7 @@ DATASETS = {
 
 
 class NotFetched(Exception):
-    """One file cannot be had, and why. The others still can."""
+    """One file cannot be downloaded, and why. The others still can."""
 
 
 class Passing(NotFetched):
@@ -105,18 +107,19 @@ class Unreachable(InputError):
     """No server answers: not for this file, nor for the others."""
 
 
-def patiently(attempt, *args, come=lambda: 0):
-    """What `attempt(*args)` returns. It is made again, after longer and longer waits, while its fault may pass.
+def patiently(attempt, *args, received=lambda: 0):
+    """What `attempt(*args)` returns. While its fault may pass, it is repeated after longer waits.
 
-    come: how far it has come. Only attempts that come no further than an earlier one are counted.
+    received: the bytes received so far. Only attempts that add none to those of earlier ones are
+    counted. Raises the error of the last attempt.
     """
-    furthest, waits = come(), iter(WAITS)
+    furthest, waits = received(), iter(WAITS)
     while True:
         try:
             return attempt(*args)
         except (Passing, Unreachable) as error:
-            if come() > furthest:
-                furthest, waits = come(), iter(WAITS)
+            if received() > furthest:
+                furthest, waits = received(), iter(WAITS)
             if (wait := next(waits, None)) is None:
                 raise
             tqdm.write(f"{error}; again in {wait} s", file=sys.stderr)
@@ -138,21 +141,21 @@ def ask(url, method="GET", headers=None):
         raise Passing(f"{url}: the server broke off ({error})") from None
     if answer.headers.get_content_type() == "text/html" and not url.endswith("/"):
         answer.close()
-        raise NotFetched(f"{url}: a web page came in the place of the file")
+        raise NotFetched(f"{url}: the server sent a web page in the place of the file")
     return answer
 
 
 def blocks(answer, url):
-    """The bytes of an answer, as they come. Raises Passing if they are fewer than announced."""
-    come, length = 0, length_of(answer)
+    """The bytes of an answer, as they arrive. Raises Passing if they are fewer than announced."""
+    received, length = 0, length_of(answer)
     try:
         while block := answer.read1(BLOCK):
-            come += len(block)
+            received += len(block)
             yield block
     except (OSError, HTTPException) as error:
         raise Passing(f"{url}: the connection was lost ({error})") from None
-    if length is not None and come != length:
-        raise Passing(f"{url}: the connection was lost after {come:,} of {length:,} bytes")
+    if length is not None and received != length:
+        raise Passing(f"{url}: the connection was lost after {received:,} of {length:,} bytes")
 
 
 def length_of(answer):
@@ -162,7 +165,7 @@ def length_of(answer):
 
 
 def version_of(answer):
-    """What tells one version of a file from the next, and may be sent as If-Range; empty where nothing does."""
+    """What differs between versions of a file and may be sent as If-Range; empty if nothing."""
     tag = answer.headers["ETag"] or "W/"
     return answer.headers["Last-Modified"] or "" if tag.startswith("W/") else tag  # W/: weak, not for ranges
 
@@ -181,7 +184,10 @@ def listing(server):
 
 
 class File(NamedTuple):
-    """A file whose name is known. size: bytes, None if the server does not tell; here: nothing is left to fetch."""
+    """A file whose name is known.
+
+    size: bytes, None if the server does not state it. here: nothing is left to download.
+    """
 
     path: Path
     url: str
@@ -195,15 +201,15 @@ class File(NamedTuple):
 
     @property
     def tag(self):
-        """The file that keeps the version of the part, as `version_of` tells it."""
+        """The file that holds the version of the part, as `version_of` gives it."""
         return self.path.with_name(f".{self.path.name}.part.version")
 
-    def come(self):
-        """The bytes that earlier attempts have brought and the next can go on from."""
+    def received(self):
+        """The bytes of earlier attempts, from which the next can continue."""
         if not self.part.exists() or not self.tag.exists() or not self.tag.read_text():
             return 0
-        come = self.part.stat().st_size
-        return come if self.size is None or come <= self.size else 0
+        received = self.part.stat().st_size
+        return received if self.size is None or received <= self.size else 0
 
 
 def look_up(source, dataset, folder):
@@ -218,7 +224,7 @@ def look_up(source, dataset, folder):
         name = names[0]
     url, digest = source.server + quote(name), SUMS.get(f"{dataset}/{name}")
 
-    # The preprocess scripts find a file anywhere below the folder, and unpacked too; so it need not be fetched.
+    # The preprocess scripts find a file anywhere below the folder, and unpacked too.
     found = {path: [folder / match for match in glob(f"**/{escape(path)}", root_dir=folder, recursive=True)]
              for path in (name, name.removesuffix(".gz"))}
     path = next(iter(found[name]), folder / name)
@@ -228,48 +234,68 @@ def look_up(source, dataset, folder):
         return File(path, url, path.stat().st_size, digest, here=True)
     with ask(url, "HEAD") as answer:
         size = length_of(answer)
-    if path.exists() and size not in (None, path.stat().st_size):
-        raise NotFetched(f"{path} is there with {path.stat().st_size:,} bytes, but {url} has {size:,}. "
-                         "Move it away and run again")
+    if path.exists():
+        check_size(path, url, size)
     return File(path, url, size, digest, here=any(found.values()))
 
 
+def check_size(path, url, size):
+    """Raise NotFetched if a file that is here has not the size that the server states."""
+    there = path.stat().st_size
+    if size not in (None, there):
+        raise NotFetched(f"{path} is there with {there:,} bytes, but {url} has {size:,}. "
+                         "Move it away and run again")
+
+
 def fetch(file):
-    """Bring one file to its place, whole and checked."""
-    file.path.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(desc=file.path.name, total=file.size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        try:
-            patiently(receive, file, bar, come=file.come)
-        except OSError as error:
-            raise InputError(f"{file.part}: {error.strerror}. What has come stays: mend this and run again") from None
-        bar.set_description(f"{file.path.name}, checking")
-        if fault := fault_of(file):
-            file.part.unlink()
-            file.tag.unlink()
-            raise NotFetched(f"{file.url}: {fault}. What came was deleted; run again to fetch it anew")
-    os.replace(file.part, file.path)
-    file.tag.unlink()
+    """Download one file, check it and give it its name, unless another process has done so.
+
+    The part has the same name in every process, so that any of them can continue it. The lock lets
+    one at a time do so. Raises NotFetched if the server does not give the file, InputError if the
+    disk does not take it.
+    """
+    with locked(file.path):
+        if file.path.exists():  # another process finished it since we looked
+            return check_size(file.path, file.url, file.size)
+        with tqdm(desc=file.path.name, total=file.size, unit="B", unit_scale=True, leave=False,
+                  disable=None) as bar:
+            try:
+                patiently(receive, file, bar, received=file.received)
+                flush(file.part)
+            except OSError as error:
+                raise InputError(f"{file.part}: {error.strerror}. What was received is kept. Fix "
+                                 "this and run again") from None
+            bar.set_description(f"{file.path.name}, checking")
+            if fault := fault_of(file):
+                file.part.unlink()
+                file.tag.unlink()
+                raise NotFetched(f"{file.url}: {fault}. What was received is deleted. Run again to "
+                                 "download it from the start")
+        os.replace(file.part, file.path)
+        file.tag.unlink()
+        flush_names(file.path.parent)
 
 
 def receive(file, bar):
     """Add what is missing to the part, from one answer of the server."""
-    # The last byte is asked for once more: so there always is one to send, even if the part is whole.
-    start = max(file.come() - 1, 0)
+    # The last byte is asked for again, so that there is one to send even if the part is whole.
+    start = max(file.received() - 1, 0)
     version = file.tag.read_text() if start else ""
     with ask(file.url, headers={"Range": f"bytes={start}-", "If-Range": version} if start else None) as answer:
         if answer.status == 206:
             content = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
             if not content or int(content[1]) != start or version_of(answer) != version:
                 file.part.unlink(missing_ok=True)
-                raise Passing(f"{file.url}: has changed since {start:,} bytes of it came; it starts over")
+                raise Passing(f"{file.url}: it has changed since {start:,} bytes of it were "
+                              "received. Starting over")
             size = int(content[2])
         else:
             start, size = 0, length_of(answer)
         if file.size is not None and size not in (None, file.size):
-            raise NotFetched(f"{file.url}: the server told {file.size:,} bytes at first and {size:,} now. "
-                             "Run again, in case it is being changed")
+            raise NotFetched(f"{file.url}: the server stated {file.size:,} bytes at first and "
+                             f"{size:,} now. Run again, in case it is being changed")
         if not start:
-            file.part.write_bytes(b"")  # first, so that no part ever bears the tag of another version
+            file.part.write_bytes(b"")  # first, so that no part ever has the tag of another version
             file.tag.write_text(version_of(answer))
         bar.total, bar.n, bar.last_print_n, bar.initial = size, start, start, start
         with open(file.part, "r+b") as part:
@@ -278,12 +304,13 @@ def receive(file, bar):
                 part.write(block)
                 part.flush()  # so that a killed run keeps it
                 bar.update(len(block))
-    if (come := file.part.stat().st_size) != (size or file.size or come):
-        raise Passing(f"{file.url}: {come:,} of {size or file.size:,} bytes have come")
+    received = file.part.stat().st_size
+    if received != (size or file.size or received):
+        raise Passing(f"{file.url}: {received:,} of {size or file.size:,} bytes were received")
 
 
 def fault_of(file):
-    """What is wrong with a part that has come in full; None if nothing is."""
+    """What is wrong with a part of which all bytes were received; None if nothing is."""
     if not file.part.stat().st_size:
         return "is empty"
     if file.digest and sha256(file.part) != file.digest:
@@ -330,14 +357,16 @@ def main(argv=None):
         absent = []
     else:
         absent = [file for file in files if not file.here]
-        n_bytes = sum(max(file.size - file.come(), 0) for file in absent if file.size is not None)
+        n_bytes = sum(max(file.size - file.received(), 0)
+                      for file in absent if file.size is not None)
         unknown = sum(file.size is None for file in absent)
         print(f"{args.dataset}: {len(files) - len(absent)} of {len(sources)} files are here. To fetch: {len(absent)} "
               f"({n_bytes:,} bytes{f' and {unknown} of unknown size' if unknown else ''}), to {folder}", flush=True)
         disk = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         if (free := shutil.disk_usage(disk).free) < n_bytes:
-            raise InputError(f"{folder}: {n_bytes:,} bytes are to come, but {free:,} are free there. Make room, choose "
-                             "sections with --section, or another disk with --to")
+            raise InputError(f"{folder}: {n_bytes:,} bytes are needed, but {free:,} are free "
+                             "there. Make room, choose sections with --section, or another disk "
+                             "with --to")
     for file in absent:
         try:
             fetch(file)

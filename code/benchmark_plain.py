@@ -1,6 +1,7 @@
-"""The plain way of each stage, that `benchmark.py` compares with: right, straightforward, and not made to be fast.
+"""The plain way of each stage, which `benchmark.py` compares with: correct, simple, not fast.
 
-Whole slides and dense matrices in memory, one patch at a time with table look-ups, float32, loops over genes.
+Whole slides and dense matrices in memory, one patch at a time with table look-ups, float32, loops
+over genes.
 """
 
 import os
@@ -26,11 +27,13 @@ from heclip.slide import THUMBNAIL
 def preprocess(size, dataset, folder):
     """All sections in memory at once: whole slides, dense expression.
 
-    The same products: expression, gene statistics, patches, a digest of each raw file, a picture to check by eye.
+    The same products as ours: expression, gene statistics, patches, a digest of each raw file, a
+    picture to check by eye. size: side of a patch in px. Arrays and pictures go to `folder`.
     """
     raw, sections = dataset.raw, {}
     for section in dataset.sections:
-        counts = scipy.io.mmread(raw / f"{section.name}.matrix.mtx.gz").toarray().T.astype(np.float32)
+        counts = scipy.io.mmread(raw / f"{section.name}.matrix.mtx.gz")
+        counts = counts.toarray().T.astype(np.float32)
         total = counts.sum(axis=1, keepdims=True)
         expression = np.log1p(counts / total * np.median(total))
         genes = scanpy.pp.highly_variable_genes(scanpy.AnnData(expression), inplace=False)
@@ -47,7 +50,7 @@ def preprocess(size, dataset, folder):
 
 
 def picture(section, path):
-    """Draw the slide, uint8 (H, W, 4), beside the slide with its spots, from a thumbnail as large as ours."""
+    """Draw the slide, uint8 (H, W, 4), without and with its spots, reduced as ours is."""
     shrink = -(-max(section["image"].shape) // THUMBNAIL)
     thumbnail = Image.fromarray(section["image"]).reduce(shrink).convert("RGB")
     figure = Figure(figsize=(10, 5))
@@ -62,14 +65,16 @@ def picture(section, path):
 
 def open_slide(raw, section):
     """The whole image, and the table of positions."""
-    positions = pd.read_csv(raw / section.positions[0], names=sources.POSITION_COLUMNS).set_index("barcode")
-    return {"image": tifffile.imread(raw / section.image[0]), "positions": positions}
+    positions = pd.read_csv(raw / section.positions[0], names=sources.POSITION_COLUMNS)
+    return {"image": tifffile.imread(raw / section.image[0]),
+            "positions": positions.set_index("barcode")}
 
 
 def crop(section, barcode, size):
     """One patch, looked up by its barcode: uint8 (size, size, 3)."""
     spot = section["positions"].loc[barcode]
-    top, left = spot["pxl_row_in_fullres"] - size // 2, spot["pxl_col_in_fullres"] - size // 2
+    top = spot["pxl_row_in_fullres"] - size // 2
+    left = spot["pxl_col_in_fullres"] - size // 2
     return section["image"][top:top + size, left:left + size, :3]
 
 
@@ -78,34 +83,39 @@ class Patches(torch.utils.data.Dataset):
 
     def __init__(self, size, dataset, config, training):
         self.size, self.config, self.training = size, config, training
-        self.sections, self.items, processed = {}, [], Processed("benchmark")
+        self.sections, self.items = {}, []
+        processed = Processed(dataset.name)
+        panel = processed.panel("heg")
         for section in dataset.sections:
-            self.sections[section.name] = open_slide(dataset.raw, section)
-            adata = processed.read(section.name)
-            expression = processed.expression(section.name, "heg", processed.panel("heg"), adata)
-            self.items += [(section.name, *item) for item in zip(adata.obs_names, expression, strict=True)]
+            name = section.name
+            self.sections[name] = open_slide(dataset.raw, section)
+            spots = zip(processed.barcodes(name), processed.expression(name, panel), strict=True)
+            self.items += [(name, barcode, expression) for barcode, expression in spots]
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
         section, barcode, expression = self.items[i]
-        image = Image.fromarray(np.ascontiguousarray(crop(self.sections[section], barcode, self.size)))
+        patch = crop(self.sections[section], barcode, self.size)
+        image = Image.fromarray(np.ascontiguousarray(patch))
         if self.training:
             if random.random() < 0.5:
                 image = functional.hflip(image)
             if random.random() < 0.5:
                 image = functional.vflip(image)
             image = functional.rotate(image, random.choice([0, 90, 180, -90]))
-        pixels = functional.normalize(functional.to_tensor(image), self.config.mean, self.config.std)
+        pixels = functional.to_tensor(image)
+        pixels = functional.normalize(pixels, self.config.mean, self.config.std)
         return {"image": pixels, "expression": torch.tensor(expression)}
 
     def loader(self, n, batch_size, device):
         """Batches of the first n items; with worker processes where a GPU leaves the cores free."""
         gpu = device.type == "cuda"
+        workers = min(8, os.cpu_count()) if gpu else 0
         return torch.utils.data.DataLoader(
-            torch.utils.data.Subset(self, range(n)), batch_size, shuffle=self.training, drop_last=self.training,
-            num_workers=min(8, os.cpu_count()) if gpu else 0, pin_memory=gpu)
+            torch.utils.data.Subset(self, range(n)), batch_size, shuffle=self.training,
+            drop_last=self.training, num_workers=workers, pin_memory=gpu)
 
 
 def retrieve(query, reference, k):
@@ -117,7 +127,10 @@ def retrieve(query, reference, k):
 
 
 def score(prediction, truth):
-    """Gene by gene, with scaled tables and results that grow by a column a gene, as published. DataFrames (n, G)."""
+    """All scores, gene by gene, as published: tables grow by one column per gene.
+
+    prediction, truth: DataFrames (n, G). Returns name -> (G,) or a number.
+    """
     scaled = {
         "Pearson": (pearson, prediction, truth),
         "SSIM": (ssim, by_gene(scale_to_maximum, prediction), by_gene(scale_to_maximum, truth)),
@@ -128,20 +141,24 @@ def score(prediction, truth):
     for name, (one, p, t) in scaled.items():
         table = pd.DataFrame()
         for gene in truth.columns:
-            table = pd.concat([table, pd.DataFrame(one(p[gene], t[gene]), index=[name], columns=[gene])], axis=1)
+            column = pd.DataFrame(one(p[gene], t[gene]), index=[name], columns=[gene])
+            table = pd.concat([table, column], axis=1)
         scores[name] = table.loc[name].to_numpy()
     for name, rank in (("HEG", truth.sum()), ("HVG", truth.var())):
+        order = rank.sort_values(ascending=False).index
         for n in metrics.TOP_GENES:
-            scores[f"{name}-{n}"] = scores["Pearson"][rank.sort_values(ascending=False).index[:n]].mean()
+            scores[f"{name}-{n}"] = scores["Pearson"][order[:n]].mean()
     for k in metrics.HIT_AT:
-        hits = [bool(set(p.nlargest(k).index) & set(t.nlargest(k).index))
-                for (_, p), (_, t) in zip(prediction.iterrows(), truth.iterrows(), strict=True)]
+        hits = []
+        for spot in truth.index:
+            predicted = set(prediction.loc[spot].nlargest(k).index)
+            hits.append(bool(predicted & set(truth.loc[spot].nlargest(k).index)))
         scores[f"Hit@{k}"] = np.mean(hits)
     return scores
 
 
 def by_gene(scale, table):
-    """Scale each gene, and put the genes together again one by one."""
+    """Scale each gene, and join the genes again one by one."""
     result = pd.DataFrame()
     for gene in table.columns:
         result = pd.concat([result, scale(table[gene])], axis=1)
@@ -169,7 +186,8 @@ def ssim(p, t):
     covariance = ((p - p.mean()) * (t - t.mean())).mean()
     luminance = (2 * p.mean() * t.mean() + c1) / (p.mean() ** 2 + t.mean() ** 2 + c1)
     contrast = (2 * p.std(ddof=0) * t.std(ddof=0) + c2) / (p.var(ddof=0) + t.var(ddof=0) + c2)
-    return luminance * contrast * (covariance + c2 / 2) / (p.std(ddof=0) * t.std(ddof=0) + c2 / 2)
+    structure = (covariance + c2 / 2) / (p.std(ddof=0) * t.std(ddof=0) + c2 / 2)
+    return luminance * contrast * structure
 
 
 def rmse(p, t):

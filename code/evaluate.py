@@ -1,38 +1,140 @@
-"""Scores one can believe: every method on every fold of a dataset, several seeds, beside nulls and a ceiling.
+"""Cross-validated scores of every method on one dataset, with several seeds, nulls and a ceiling.
 
     python code/evaluate.py --dataset MOB --encoder tf_efficientnet_lite0 --image_size 64
 
-holds out each section in turn (--folds donor: each donor's sections together), chooses the panel on the others, trains
-with main.py and predicts with infer.py as a user would, once a method and a seed, and scores all predictions alike:
-same patches, panel, reference and query. Results so far are kept in save/<dataset>/evaluation/, and what is there
-already is not run again; evaluation.csv beside it holds every number, a row each.
+holds out each section in turn (--folds donor: each donor's sections together) and chooses the panel
+on the others. Each method trains as in main.py and predicts as in infer.py, once per seed. All
+predictions are scored alike: same patches, panel, reference and query.
 
-To choose a recipe without looking at a held-out section, name the others: `--sections MOB2 MOB4` leaves one of these
-out at a time, and reads nothing of any other but which genes it has.
+Each result is kept in save/<dataset>/evaluation/<protocol>/<query>/<method>_<seed>_<settings>/.
+There `settings` is a digest of all that shapes the result; settings.json has it in full. A kept
+result is not computed again, and other settings get a folder of their own.
+save/<dataset>/evaluation.csv has every score, one per row. A run replaces its own rows there and
+leaves all others.
+
+To choose a recipe without looking at a held-out section, name the others: `--sections MOB2 MOB4`
+holds out one of these at a time, and reads of all other sections only which genes they have.
 """
 
 import argparse
+from dataclasses import asdict, dataclass, replace
+
+from heclip import command
+from heclip.files import InputError, first_line
+from heclip.settings import (
+    HELP,
+    PREDICTING,
+    TRAINING,
+    WHERE_IT_RUNS,
+    Training,
+    add_flags,
+    recipe_settings,
+)
+
+FREEZE = replace(recipe_settings("heclip", freeze=True), max_epochs=40, batch_size=128)
+TRAINED = {
+    "HECLIP": (TRAINING["heclip"], PREDICTING["heclip"]),
+    "HECLIP, frozen encoder": (FREEZE, PREDICTING["heclip"]),
+    "published heg": (TRAINING["published"], PREDICTING["published"]),
+    "published hvg": (replace(TRAINING["published"], type="hvg"), PREDICTING["published"]),
+    "BLEEP": (TRAINING["bleep"], PREDICTING["bleep"]),
+    "CLIP": (TRAINING["clip"], PREDICTING["clip"]),
+    "regression": (TRAINING["regression"], PREDICTING["regression"]),
+}
+FROZEN = ("frozen encoder, ridge", "frozen encoder, nearest images")
+NULLS = ("library size, no image", "array position, no image", "random spots", "mean profile")
+CEILINGS = ("one half of the counts", "attainable")
+METHODS = (*TRAINED, *FROZEN, *NULLS, *CEILINGS)
+NEED_PRETRAINED = ("HECLIP, frozen encoder", *FROZEN)
+SEEDED = (*TRAINED, "random spots", *CEILINGS)
+
+ENCODER = ("encoder", "encoder_args", "encoder_weights", "pretrained", "image_size")
+LENGTH = ("max_epochs", "batch_size")  # a frozen encoder has its own, see FREEZE
+SHARED = ("dataset", "panel", "device", *ENCODER)
+KEY = ["protocol", "query", "method", "seed", "settings"]  # columns that name one run
+COLUMNS = ("Pearson", "HEG-50", "HVG-50", "Spearman", "Pearson per spot", "RMSE, log-normalised",
+           "SSIM, windows", "Moran's I, ratio", "Hit@5", "recall@5")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate: the flags.
+
+    shared: settings that all methods share, namely dataset, panel, encoder, length and device. Its
+    other fields are not used. sections, query: names, or None for all. save_path: a folder, or None
+    for save/<dataset>.
+    """
+
+    shared: Training
+    protocols: list
+    folds: str
+    sections: list | None
+    query: list | None
+    methods: list
+    seeds: list
+    save_path: str | None
+
+
+def parse(argv=None):
+    """The command line as a Plan. Raises InputError if settings contradict each other."""
+    defaults = replace(Training(), dataset="MOB", max_epochs=30)
+    flags = argparse.ArgumentParser(
+        description="Cross-validated scores of every method on one dataset.", formatter_class=HELP)
+    add_flags(flags, defaults, ["dataset"])
+    flags.add_argument("--panel", choices=["heg", "hvg"], default="hvg",
+                       help="genes that are predicted and scored")
+    flags.add_argument("--protocol", nargs="+", choices=["strict", "paper"], default=["strict"],
+                       help="with both, the table shows the gap between them")
+    flags.add_argument("--folds", choices=["section", "donor"], default="section",
+                       help="what is held out together")
+    flags.add_argument("--sections", nargs="+", metavar="NAME", help="take part; default: all")
+    flags.add_argument("--query", nargs="+", metavar="NAME",
+                       help="hold out only these in turn; default: all")
+    flags.add_argument("--methods", nargs="+", metavar="NAME", choices=METHODS,
+                       help=f"default: all of {'; '.join(METHODS)}. With --no-pretrained: those "
+                            "that need no pretrained encoder")
+    flags.add_argument("--seeds", nargs="+", type=command.seed, default=[1, 2],
+                       help="run once with each of these whatever is random")
+    add_flags(flags, defaults, [*ENCODER, *LENGTH, "device"])
+    flags.add_argument("--save_path", metavar="DIR", help="default: save/<dataset>")
+    args = flags.parse_args(argv)
+    useless = NEED_PRETRAINED if not args.pretrained else ()
+    if in_vain := [name for name in args.methods or () if name in useless]:
+        raise InputError(f"--methods {in_vain[0]!r} with --no-pretrained: nothing would ever train "
+                         "its encoder. Leave one of them out")
+    shared = {name: getattr(args, name) for name in (*SHARED, *LENGTH)}
+    methods = once(args.methods) or [name for name in METHODS if name not in useless]
+    return Plan(Training(**shared), once(args.protocol), args.folds, once(args.sections),
+                once(args.query), methods, once(args.seeds), args.save_path)
+
+
+def once(values):
+    """A list without repetitions, or None."""
+    return values and list(dict.fromkeys(values))
+
+
+if __name__ == "__main__":
+    command.run(parse)  # a wrong flag is answered here: the imports below take seconds
+
 import contextlib
+import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
 import torch
-from heclip.recipes import PREDICTION
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-import infer
-import main as train
-from heclip import command
 from heclip.batches import Patches, encode_patches
-from heclip.dataset import ROOT, Processed, run_name
+from heclip.checkpoint import load_checkpoint
+from heclip.dataset import ROOT, Processed, Run
 from heclip.expression import log_normalise
-from heclip.files import InputError, atomic_path, sha256
+from heclip.files import atomic_path, locked, sha256
 from heclip.metrics import (
     bootstrap,
     ceiling_per_gene,
@@ -44,208 +146,321 @@ from heclip.metrics import (
     score_further,
 )
 from heclip.model import HECLIP, configure, load_encoder_weights
+from heclip.panel import Panel, run_name
+from heclip.prediction import embed_sections, predict, reference_of
 from heclip.retrieval import average_expression, random_spots, retrieve
-
-# Trained methods: flags of main.py, then flags of infer.py that differ from the recipe's own.
-TRAINED = {
-    "HECLIP": (["--recipe", "heclip"], []),
-    "HECLIP, frozen encoder": (["--freeze", "--max_epochs", "40", "--batch_size", "128"], []),
-    "published heg": (["--recipe", "published"], []),
-    "published hvg": (["--recipe", "published", "--type", "hvg"], []),
-    "BLEEP": (["--recipe", "bleep"], []),
-    "CLIP": (["--recipe", "clip"], []),
-    "regression": (["--recipe", "regression"], []),
-}
-FROZEN = ("frozen encoder, ridge", "frozen encoder, nearest images")
-NULLS = ("library size, no image", "array position, no image", "random spots", "mean profile")
-CEILINGS = ("one half of the counts", "attainable")
-COLUMNS = ("Pearson", "HEG-50", "HVG-50", "Spearman", "Pearson per spot", "RMSE, log-normalised", "SSIM, windows",
-           "Moran's I, ratio", "Hit@5", "recall@5")
+from main import train
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fold:
-    """One held-out section, and what it is predicted from: n query spots, N reference spots, G genes."""
+    """One held-out section and what predicts it: n query spots, N reference spots, G genes.
 
+    held_out: all sections that are not in the reference, the query among them. spots: the query
+    without genes, AnnData of n x 0. truth: its expression, (n, G). expression: that of the
+    reference, (N, G). sizes: spots of each reference section.
+    """
+
+    processed: Processed
     query: str
-    held_out: list  # all but the reference: the query, its donor's if donors are held out, what takes no part
+    held_out: list
     reference: list
-    panel: pd.DataFrame
-    section: anndata.AnnData  # the query, all genes
-    truth: np.ndarray  # (n, G)
-    expression: np.ndarray  # (N, G), of the reference
-    sizes: list  # spots of each reference section
+    panel: Panel
+    spots: anndata.AnnData
+    truth: np.ndarray
+    expression: np.ndarray
+    sizes: list
 
+    @cached_property
+    def counts(self):
+        """The query's counts of all genes, AnnData n x all genes, read when first needed."""
+        whole = self.processed.read(self.query)
+        return anndata.AnnData(whole.layers["counts"], obs=whole.obs[[]], var=whole.var[[]])
 
-def parse(argv=None):
-    flags = argparse.ArgumentParser(description="Cross-validated scores of every method on one dataset.",
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--dataset", default="MOB", help="a dataset that a preprocess script has prepared")
-    flags.add_argument("--panel", choices=["heg", "hvg"], default="hvg", help="genes that are predicted and scored")
-    flags.add_argument("--protocol", nargs="+", choices=["strict", "paper"], default=["strict"],
-                       help="both: side by side, and the gap between them")
-    flags.add_argument("--folds", choices=["section", "donor"], default="section", help="what is held out together")
-    flags.add_argument("--sections", nargs="+", metavar="NAME", help="take part; default: all")
-    flags.add_argument("--query", nargs="+", metavar="NAME", help="hold out only these in turn; default: all")
-    flags.add_argument("--methods", nargs="+", metavar="NAME", choices=[*TRAINED, *FROZEN, *NULLS, *CEILINGS],
-                       help=f"default: all of {', '.join([*TRAINED, *FROZEN, *NULLS, *CEILINGS])}")
-    flags.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    flags.add_argument("--encoder", default="resnet50", help="any timm model")
-    flags.add_argument("--encoder_weights", metavar="FILE", help="local state dict of timm or torchvision")
-    flags.add_argument("--image_size", type=command.positive, metavar="PX", help="side of the encoder's input")
-    flags.add_argument("--max_epochs", type=command.positive, default=30)
-    flags.add_argument("--batch_size", type=command.positive, default=128)
-    flags.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    flags.add_argument("--save_path", metavar="DIR", help="default: save/<dataset>")
-    return flags.parse_args(argv)
+    def by_section(self):
+        """Reference section -> its expression, (n_spots, G)."""
+        parts = np.split(self.expression, np.cumsum(self.sizes)[:-1])
+        return dict(zip(self.reference, parts, strict=True))
 
 
 def main(argv=None):
-    args = parse(argv)
-    processed = Processed(args.dataset)
-    table = processed.sections()
-    takes_part = args.sections or list(table.index)
-    if absent := [name for name in [*takes_part, *(args.query or [])] if name not in table.index]:
-        raise InputError(f"{processed.sections_path} has no section {absent[0]}, but {', '.join(table.index)}")
-    if absent := [name for name in args.query or [] if name not in takes_part]:
-        raise InputError(f"--query {absent[0]} is not among --sections {' '.join(takes_part)}. Add it there")
-    everything = list(table.index)
-    table = table.loc[[name for name in everything if name in takes_part]]
-    key = table["donor"] if args.folds == "donor" else table.index.to_series()
-    if key.nunique() < 2:
-        raise InputError(f"{processed.sections_path}: {', '.join(table.index)} are of one {args.folds}; at least two "
-                         "are needed to hold one out")
-    folder = (ROOT / "save" / args.dataset if args.save_path is None else Path(args.save_path)) / "evaluation"
-    methods = args.methods or [*TRAINED, *FROZEN, *NULLS, *CEILINGS]
-
+    plan = parse(argv)
+    processed = Processed(plan.shared.dataset)
+    folds = choose_folds(plan, processed)
+    table = results_folder(plan).with_suffix(".csv")
     rows = []
-    for protocol in args.protocol:
-        features = {}  # of the frozen encoder, section by section: for all folds
-        for query in args.query or list(table.index):
-            reference = list(table.index[key != key[query]])
-            held_out = [name for name in everything if name not in reference]
-            fold = open_fold(processed, protocol, args.panel, query, held_out, reference)
-            print(f"{protocol}: {query} from {', '.join(fold.reference)}; {len(fold.panel)} genes", flush=True)
-            for method in methods:
-                predictions = []
-                for seed in args.seeds if method in TRAINED or method in ("random spots", *CEILINGS) else [0]:
-                    place = folder / protocol / query / f"{method.replace(', ', '_').replace(' ', '_')}_{seed}"
-                    scores, prediction = evaluate(place, args, protocol, processed, fold, method, seed, features)
-                    predictions.append(prediction)
-                    rows.append({"protocol": protocol, "query": query, "method": method, "seed": seed} | scores)
-                if len(predictions) > 1 and method == "HECLIP":
-                    rows.append({"protocol": protocol, "query": query, "seed": 0,
-                                 "method": f"HECLIP, mean of {len(predictions)} seeds"}
-                                | all_scores(np.mean(predictions, axis=0), fold))
-            tidy = pd.DataFrame(rows).melt(["protocol", "query", "method", "seed"], var_name="score").dropna()
-            with atomic_path(folder.with_suffix(".csv")) as path:
-                tidy.to_csv(path, index=False)
-    report(args, pd.DataFrame(rows))
-    print(f"every score of every fold and seed in {folder.with_suffix('.csv')}")
+    features = {}  # of the frozen encoder: section -> (n_spots, F), for all folds
+    for protocol in plan.protocols:
+        for query, reference in folds.items():
+            fold = open_fold(processed, plan.shared.panel, protocol, query, reference)
+            print(f"{protocol}: {query} from {', '.join(reference)}; {len(fold.panel)} genes",
+                  flush=True)
+            of_fold = evaluate_fold(plan, fold, features)
+            add_rows(table, of_fold)
+            rows += of_fold
+    report(plan, pd.DataFrame(rows))
+    print(f"every score of every fold and seed in {table}")
 
 
-def open_fold(processed, protocol, panel, query, held_out, reference):
-    """Read a fold; the panel is chosen on its reference."""
-    name = run_name(panel, protocol)
-    chosen = processed.panel_for(name, reference)
-    parts = [processed.expression(section, name, chosen) for section in reference]
-    section = processed.read(query)
-    return Fold(query, held_out, reference, chosen, section, processed.expression(query, name, chosen, section),
-                np.concatenate(parts), [len(part) for part in parts])
+def results_folder(plan):
+    """Where results are kept. The table of scores has the same path, with .csv."""
+    save = Path(plan.save_path) if plan.save_path else ROOT / "save" / plan.shared.dataset
+    return save / "evaluation"
 
 
-def evaluate(place, args, protocol, processed, fold, method, seed, features):
-    """Scores and prediction of one method on one fold with one seed: as kept in `place`, or made now and kept there."""
-    if method in CEILINGS:
-        return ceiling(fold, method, seed), None
-    settings = {key: value for key, value in vars(args).items()
-                if key in ("dataset", "panel", "folds", "sections", "encoder", "encoder_weights", "image_size",
-                           "max_epochs", "batch_size")}
-    settings |= {"reference": fold.reference, "sections.csv": sha256(processed.sections_path),
-                 "genes": list(fold.panel.index), "method": method}
+# -------------------------------------------------------------------------------------------- folds
+
+
+def choose_folds(plan, processed):
+    """The sections to hold out in turn, each with its reference: query -> list of sections.
+
+    Raises InputError for names that are not there, and if nothing would be left to learn from.
+    """
+    table, origin = processed.sections(), processed.sections_path
+    takes_part = plan.sections or list(table.index)
+    asked = plan.query or []
+    if absent := [name for name in [*takes_part, *asked] if name not in table.index]:
+        raise InputError(f"{origin} has no section {absent[0]}, but {', '.join(table.index)}")
+    if absent := [name for name in asked if name not in takes_part]:
+        raise InputError(f"--query {absent[0]} is not among --sections {' '.join(takes_part)}. "
+                         "Add it there")
+    table = table[table.index.isin(takes_part)]
+    together = table["donor"] if plan.folds == "donor" else table.index.to_series()
+    if together.nunique() < 2:
+        raise InputError(f"{origin}: {', '.join(table.index)} are of one {plan.folds}; at least "
+                         "two are needed to hold one out")
+    folds = {query: list(table.index[together != together[query]])
+             for query in plan.query or list(table.index)}
+    for query, reference in folds.items():
+        check_apart(table, query, reference, plan.folds)
+    return folds
+
+
+def check_apart(table, query, reference, folds):
+    """Raise InputError if the query is in its own reference.
+
+    That is by name, by donor if `folds` is "donor", or because both were made from the same files.
+    table: the section table.
+    """
+    if query in reference:
+        raise InputError(f"{query} is held out and in its own reference, {', '.join(reference)}")
+    donor, digest = table["donor"], table["digest"]
+    same = [name for name in reference if donor[name] == donor[query]]
+    if folds == "donor" and same:
+        raise InputError(f"{query} is held out with its donor {donor[query]!r}, but {same[0]} of "
+                         "the same donor is in its reference")
+    if same := [name for name in reference if digest[name] == digest[query]]:
+        raise InputError(f"{query} and {same[0]} were made from the same files, so {query} would "
+                         "be predicted from itself. Name only one of them in --sections")
+
+
+def open_fold(processed, kind, protocol, query, reference):
+    """Read a fold. Its reference chooses the panel, in the paper protocol all sections.
+
+    kind: "hvg" or "heg".
+    """
+    held_out = [name for name in processed.sections().index if name not in reference]
+    panel = processed.panel(kind, protocol, reference)
+    parts = [processed.expression(section, panel) for section in reference]
+    sizes = [len(part) for part in parts]
+    return Fold(processed, query, held_out, reference, panel, processed.spots(query),
+                processed.expression(query, panel), np.concatenate(parts), sizes)
+
+
+# ---------------------------------------------------------------------------- results, kept on disk
+
+
+def evaluate_fold(plan, fold, features):
+    """The rows of all methods and seeds on one fold: dicts of KEY and scores.
+
+    features: what `frozen` keeps from fold to fold.
+    """
+    rows = []
+    for method in plan.methods:
+        own, predictions = [], []
+        for seed in plan.seeds if method in SEEDED else [0]:
+            row, prediction = evaluate(plan, fold, method, seed, features)
+            own.append(row)
+            predictions.append(prediction)
+        rows += own
+        if method == "HECLIP" and len(own) > 1:
+            key = {name: own[0][name] for name in KEY}
+            key |= {"method": f"HECLIP, mean of {len(own)} seeds", "seed": 0, "settings":
+                    short_digest({"settings": key["settings"], "seeds": plan.seeds})}
+            rows.append(key | all_scores(np.mean(predictions, axis=0), fold))
+    return rows
+
+
+def evaluate(plan, fold, method, seed, features):
+    """One method on one fold with one seed: as kept on disk, or made now and kept.
+
+    Returns (row of KEY and scores, prediction (n, G); None for a ceiling, which predicts nothing).
+    """
+    facts = facts_of(plan, fold, method)
+    settings, protocol = short_digest(facts), fold.panel.protocol
+    name = f"{method.replace(', ', '_').replace(' ', '_')}_{seed}_{settings}"
+    place = results_folder(plan) / protocol / fold.query / name
+    done, predicted = place / "scores.json", place / "prediction.npy"
+    with locked(done):  # another process may be making the same
+        if not done.exists():
+            with atomic_path(place / "settings.json") as path:
+                path.write_text(json.dumps(facts | {"seed": seed}, indent=1) + "\n")
+            if method in CEILINGS:
+                scores = ceiling(fold, method, seed)
+            else:
+                prediction = predict_by(plan, fold, method, seed, place, features)
+                scores = all_scores(prediction, fold)
+                with atomic_path(predicted) as path, open(path, "wb") as file:
+                    np.save(file, prediction)
+            with atomic_path(done) as path:
+                path.write_text(json.dumps(scores, indent=1) + "\n")
+        shutil.rmtree(place / plan.shared.dataset, ignore_errors=True)  # the model, if there is one
+    key = [protocol, fold.query, method, seed, settings]
+    row = dict(zip(KEY, key, strict=True)) | json.loads(done.read_text())
+    return row, None if method in CEILINGS else np.load(predicted)
+
+
+def facts_of(plan, fold, method):
+    """All that shapes a method's result on a fold, but for the seed: plain values."""
+    digest, protocol = fold.processed.sections()["digest"], fold.panel.protocol
+    # In the paper protocol, expression is corrected over all sections.
+    used = list(digest.index) if protocol == "paper" else [*fold.reference, fold.query]
+    facts = {"method": method, "protocol": protocol, "query": fold.query,
+             "reference": fold.reference, "sections": digest[used].to_dict(),
+             "genes": list(fold.panel.ids)}
     if method in TRAINED:
-        training, prediction = TRAINED[method]
-        recipe = train.parse(training)
-        settings |= {"training": vars(recipe),
-                     "prediction": PREDICTION[infer.parse(prediction).recipe or recipe.recipe]}
-    settings = json.dumps(settings, indent=1) + "\n"
-    begun, done = place / "settings.json", place / "scores.json"
-    if not begun.exists() or begun.read_text() != settings:
-        shutil.rmtree(place, ignore_errors=True)  # whole or half, it is of other settings
-        with atomic_path(begun) as path:
-            path.write_text(settings)
-    if done.exists():
-        return json.loads(done.read_text()), np.load(place / "prediction.npy")
+        training, how = settings_of(plan, fold, method)
+        learned = {name: value for name, value in asdict(training).items()
+                   if name not in ("seed", *WHERE_IT_RUNS)}
+        facts |= {"training": learned, "prediction": asdict(how)}
+    if method in FROZEN:
+        facts |= {name: getattr(plan.shared, name) for name in ENCODER}
+    if plan.shared.encoder_weights and method in (*TRAINED, *FROZEN):
+        facts["weights_sha256"] = file_digest(plan.shared.encoder_weights)
+    return facts
+
+
+file_digest = cache(sha256)  # of each file once
+
+
+def short_digest(facts):
+    """A short name for plain values: twelve hexadecimal digits."""
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def add_rows(path, rows):
+    """Add scores to the CSV at `path`, in place of earlier ones of the same runs. Other rows stay.
+
+    rows: dicts of KEY and scores. Other processes may add rows at the same time. Raises InputError
+    if the file is damaged.
+    """
+    added = pd.DataFrame(rows).melt(KEY, var_name="score").dropna()
+    added = added.astype(dict.fromkeys(KEY, str))
+    with locked(path):
+        if path.exists():
+            try:
+                earlier = pd.read_csv(path, dtype=str, keep_default_na=False)
+            except ValueError as error:
+                raise InputError(f"{path} is damaged ({first_line(error)}). Move it away and run "
+                                 f"again; the scores are kept in {path.with_suffix('')}") from None
+            earlier = earlier.reindex(columns=added.columns, fill_value="")
+            same = pd.MultiIndex.from_frame(earlier[KEY]).isin(pd.MultiIndex.from_frame(added[KEY]))
+            added = pd.concat([earlier[~same], added])
+        with atomic_path(path) as temporary:
+            added.to_csv(temporary, index=False)
+
+
+# -------------------------------------------------------------------------------------- the methods
+
+
+def predict_by(plan, fold, method, seed, place, features):
+    """A method's prediction of a fold's query, (n, G). place: the folder of this result."""
     if method in TRAINED:
-        prediction = trained(place, args, protocol, fold, method, seed)
-    elif method in FROZEN:
-        prediction = frozen(args, processed, fold, method, features)
-    else:
-        prediction = null(processed, fold, method, seed)
-    scores = all_scores(prediction, fold)
-    with atomic_path(place / "prediction.npy") as path, open(path, "wb") as file:
-        np.save(file, prediction)
-    with atomic_path(done) as path:
-        path.write_text(json.dumps(scores, indent=1) + "\n")
-    return scores, prediction
+        print(f"  {method}, seed {seed}", flush=True)
+        training, how = settings_of(plan, fold, method)
+        return train_and_predict(plan, fold, replace(training, seed=seed), how, place)
+    if method in FROZEN:
+        return frozen(fold, method, plan.shared, features)
+    return null(fold, method, seed)
 
 
-def trained(place, args, protocol, fold, method, seed):
-    """Train and predict by the scripts: (n, G). Their output goes to log.txt; of their files none is kept."""
-    training, prediction = TRAINED[method]
-    which = training[training.index("--type") + 1] if "--type" in training else "heg"
-    common = ["--dataset", args.dataset, "--type", which, "--panel", args.panel, "--protocol", protocol, "--save_path",
-              str(place), "--batch_size", str(args.batch_size), "--device", args.device, "--seed", str(seed)]
-    options = [text for key in ("encoder", "encoder_weights", "image_size", "max_epochs") if getattr(args, key)
-               for text in (f"--{key}", str(getattr(args, key)))]
-    print(f"  {method}, seed {seed}", flush=True)
+def settings_of(plan, fold, method):
+    """(Training, Predicting) of a trained method on a fold. It trains on all reference spots."""
+    training, how = TRAINED[method]
+    names = SHARED if training.freeze else (*SHARED, *LENGTH)
+    shared = {name: getattr(plan.shared, name) for name in names}
+    training = replace(training, **shared, protocol=fold.panel.protocol, query=tuple(fold.held_out),
+                       val_fraction=0.0, resume=True)
+    return training, how
+
+
+def train_and_predict(plan, fold, training, how, place):
+    """Train, or go on where a killed run stopped, and predict the query: (n, G).
+
+    training, how: settings of training and prediction. place: a folder for the model and log.txt.
+    """
+    run = Run(training.dataset, run_name(training.type, training.protocol), place)
     with open(place / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-        train.main([*common, *options, *training, "--query", *fold.held_out, "--val_fraction", "0", "--resume"])
-        infer.main([*common, *prediction, "--query", fold.query, "--no-figures"])
-    path = place / args.dataset / f"{run_name(which, protocol)}_prediction.h5ad"
-    predicted = anndata.read_h5ad(path)
-    if list(predicted.obs_names) != list(fold.section.obs_names) or list(predicted.var_names) != list(fold.panel.index):
-        raise RuntimeError(f"{path} holds other spots or genes than the fold")
-    shutil.rmtree(place / args.dataset)
-    shutil.rmtree(place / "ebd")
-    return np.asarray(predicted.X)
+        train(training, run)
+    trained = load_checkpoint(run.checkpoint)
+    trained.check(fold.processed, fold.query)
+    if list(trained.reference) != fold.reference or list(trained.panel.ids) != list(fold.panel.ids):
+        raise RuntimeError(f"{run.checkpoint} has another reference or panel than the fold")
+    device, expression = command.pick_device(training.device), fold.by_section()
+    embeddings = embed_sections(trained, fold.processed, expression | {fold.query: fold.truth},
+                                how.views, device, plan.shared.batch_size)
+    reference = reference_of(fold.reference, expression, embeddings)
+    image, xy = embeddings[fold.query]["image"], fold.spots.obsm["spatial"]
+    return predict(image, xy, reference, how, trained.is_regression).expression
 
 
-def frozen(args, processed, fold, method, features):
-    """What the pretrained encoder gives without any training of it: (n, G). features: section -> (n_spots, F), kept."""
+def frozen(fold, method, encoder, features):
+    """What the pretrained encoder gives without any training of it: (n, G).
+
+    encoder: Training whose encoder and device are used. features: section -> (n_spots, F), which is
+    filled, so that the next fold need not compute them again.
+    """
     sections = [*fold.reference, fold.query]
-    for section in tqdm([name for name in sections if name not in features], "frozen encoder", leave=False,
-                        disable=None):
-        features[section] = frozen_features(args, processed, section)
-    reference, query = np.concatenate([features[name] for name in fold.reference]), features[fold.query]
+    lacking = [section for section in sections if section not in features]
+    for section in tqdm(lacking, "frozen encoder", leave=False, disable=None):
+        features[section] = frozen_features(fold.processed, section, encoder)
+    reference = np.concatenate([features[section] for section in fold.reference])
+    query = features[fold.query]
     if method == "frozen encoder, nearest images":
         return average_expression(retrieve(query, reference)[0], fold.expression)
     return ridge(reference, fold.expression, np.repeat(fold.reference, fold.sizes), query)
 
 
-def frozen_features(args, processed, section):
-    """Pooled features of the pretrained encoder, float32 (n_spots, F)."""
-    device = command.pick_device(args.device)
+def frozen_features(processed, section, encoder):
+    """Pooled features of the pretrained encoder, float32 (n_spots, F). encoder: see `frozen`."""
+    device = command.pick_device(encoder.device)
     patches = processed.patches(section)
-    config = configure(args.encoder, "regression", 1, patches.shape[1], args.image_size)
+    config = configure(encoder.encoder, "regression", 1, patches.shape[1], encoder.image_size,
+                       encoder_args=encoder.encoder_args)
     model = HECLIP(config)
-    load_encoder_weights(model.image_encoder, args.encoder, args.encoder_weights, config.encoder_args)
+    load_encoder_weights(model.image_encoder, encoder.encoder, encoder.encoder_weights,
+                         config.encoder_args)
     model.image_projection = torch.nn.Identity()
     model.eval().to(device, memory_format=torch.channels_last)
-    index = torch.arange(len(patches))
-    return encode_patches(model, Patches([patches], device), index, args.batch_size).cpu().numpy()
+    every = torch.arange(len(patches))
+    features = encode_patches(model, Patches([patches], device), every, encoder.batch_size)
+    return features.cpu().numpy()
 
 
 def ridge(features, expression, section, query):
-    """PCA to 256 features, then ridge regression (Jaume et al., HEST, NeurIPS 2024). Returns (n_query, G).
+    """PCA to 256 features, then ridge regression (Jaume et al., HEST, NeurIPS 2024).
 
-    alpha is the one that predicts best when each reference section is predicted from the others; with a single
-    section, when each fifth of its spots is.
+    features: (N, F), expression: (N, G), section: names (N,), query: (n, F). Returns float32
+    (n, G). alpha is the one that predicts best when each reference section is predicted from the
+    others. With a single section, each fifth of its spots is predicted from the others.
     """
     from sklearn.decomposition import PCA
     from sklearn.linear_model import Ridge
 
-    groups = section if len(set(section)) > 1 else np.arange(len(section)) * 5 // len(section)
+    groups = section
+    if len(set(section)) == 1:
+        groups = np.arange(len(section)) * 5 // len(section)
     alphas = 10.0 ** np.arange(0, 7)
 
     def fit_predict(train, test, alphas):
@@ -257,36 +472,43 @@ def ridge(features, expression, section, query):
     for group in dict.fromkeys(groups):
         inside = groups == group
         for i, predicted in enumerate(fit_predict(~inside, features[inside], alphas)):
-            reached[i] += np.nan_to_num(mean_defined(pearson_per_gene(predicted, expression[inside])))  # a lone spot
-    return fit_predict(np.ones(len(section), bool), query, [alphas[reached.argmax()]])[0].astype(np.float32)
+            r = mean_defined(pearson_per_gene(predicted, expression[inside]))
+            reached[i] += np.nan_to_num(r)  # undefined for a single spot
+    best = alphas[reached.argmax()]
+    return fit_predict(np.ones(len(section), bool), query, [best])[0].astype(np.float32)
 
 
-def null(processed, fold, method, seed):
+def null(fold, method, seed):
     """Predictions that use no pixel of the query: (n, G)."""
     n, total = len(fold.truth), len(fold.expression)
     if method == "random spots":
         return average_expression(random_spots(n, total, 50, seed), fold.expression)
     if method == "mean profile":
         return np.tile(fold.expression.mean(axis=0), (n, 1))
-    reference = [processed.read(section) for section in fold.reference]
     if method == "array position, no image":  # the 50 reference spots nearest in array coordinates
-        places = [adata.obs[["array_row", "array_col"]].to_numpy(float) for adata in (*reference, fold.section)]
+        spots = [*(fold.processed.spots(section) for section in fold.reference), fold.spots]
+        places = [part.obs[["array_row", "array_col"]].to_numpy(float) for part in spots]
         nearest = cKDTree(np.concatenate(places[:-1])).query(places[-1], min(50, total))[1]
         return average_expression(nearest, fold.expression)
-    # Library size: each gene as a straight line of the log of the spot's count, fitted on the reference.
-    size = [np.log(np.asarray(adata.layers["counts"].sum(axis=1)).ravel() + 1) for adata in (*reference, fold.section)]
-    line = np.column_stack([np.concatenate(size[:-1]), np.ones(total)])
+    # Library size: each gene as a line of the log of a spot's total count, fitted on the reference.
+    known = [log_size(fold.processed.read(section).layers["counts"]) for section in fold.reference]
+    line = np.column_stack([np.concatenate(known), np.ones(total)])
     slope, offset = np.linalg.lstsq(line, fold.expression.astype(np.float64), rcond=None)[0]
-    return (size[-1][:, None] * slope + offset).astype(np.float32)
+    return (log_size(fold.counts.X)[:, None] * slope + offset).astype(np.float32)
+
+
+def log_size(counts):
+    """The log of each spot's total count plus one: (n, genes), sparse -> (n,)."""
+    return np.log(np.asarray(counts.sum(axis=1)).ravel() + 1)
 
 
 def ceiling(fold, method, seed):
     """Scores of the measurement against itself. They need no prediction and hold for any."""
     parts = []
-    for counts in halves(fold.section.layers["counts"], seed):
-        half = anndata.AnnData(counts, obs=fold.section.obs[[]], var=fold.section.var[[]])
+    for counts in halves(fold.counts.X, seed):
+        half = anndata.AnnData(counts, obs=fold.counts.obs, var=fold.counts.var)
         log_normalise(half)
-        parts.append(half[:, fold.panel.index].X.toarray())
+        parts.append(half[:, fold.panel.ids].X.toarray())
     if method == "one half of the counts":
         return all_scores(parts[0], fold, truth=parts[1])
     reached = ceiling_per_gene(*parts)
@@ -295,43 +517,67 @@ def ceiling(fold, method, seed):
             "HVG-50": mean_defined(reached[hvg[:50]])}
 
 
+# ---------------------------------------------------------------------------- scores, and the table
+
+
 def all_scores(prediction, fold, truth=None):
-    """Every score of one prediction, (n, G): name -> number. HEG-n and HVG-n ranked on the reference, and on the truth
-    as published, so labelled."""
+    """Every score of one prediction, (n, G): name -> number, None if undefined.
+
+    truth: (n, G); None: the fold's. HEG-n and HVG-n are ranked on the reference. Those ranked on
+    the truth, as published, are labelled so.
+    """
     truth = fold.truth if truth is None else truth
-    xy = fold.section.obsm["spatial"]
+    xy, is_marker = fold.spots.obsm["spatial"], fold.panel.is_marker
     per_gene, scores = score(prediction, truth, ranked_on=fold.expression)
-    scores |= {f"{name}, ranked on truth": value for name, value in score(prediction, truth, truth)[1].items()
-               if name.startswith("H") and "-" in name}
-    scores |= score_further(prediction, truth, fold.section.obs, xy)
-    if fold.panel["marker"].any():
-        scores["markers"] = mean_defined(per_gene["Pearson"][fold.panel["marker"].to_numpy()])
+    ranked_on_truth = score(prediction, truth, truth)[1]
+    scores |= {f"{name}, ranked on truth": value for name, value in ranked_on_truth.items()
+               if name.startswith(("HEG-", "HVG-"))}
+    scores |= score_further(prediction, truth, fold.spots.obs, xy)
+    if is_marker.any():
+        scores["markers"] = mean_defined(per_gene["Pearson"][is_marker])
     heg, hvg = rank_genes(fold.expression)
     for name, genes in (("Pearson", slice(None)), ("HEG-50", heg[:50]), ("HVG-50", hvg[:50])):
         scores[f"{name}, low"], scores[f"{name}, high"] = bootstrap(prediction, truth, xy, genes)
     return {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
 
 
-def report(args, rows):
-    """Print the table: mean and standard deviation over folds and seeds, a row a method."""
-    methods = list(dict.fromkeys(rows["method"]))
+def report(plan, rows):
+    """Print a table for each protocol, a row per method, and the gap between two protocols.
+
+    rows: DataFrame of KEY and scores.
+    """
     columns = [name for name in COLUMNS if name in rows]
-    rows[columns] = rows[columns].astype(float)
+    rows = rows.astype(dict.fromkeys(columns, float))
+    methods = list(dict.fromkeys(rows["method"]))
     for protocol, part in rows.groupby("protocol", sort=False):
-        print(f"\n{args.dataset}, {args.panel} panel, protocol {protocol}: each of {', '.join(part['query'].unique())} "
-              f"held out{' with its donor' if args.folds == 'donor' else ''}; {args.encoder}, "
-              f"{args.max_epochs} epochs, seeds {', '.join(map(str, args.seeds))}.\n"
-              "Mean ± standard deviation over folds and seeds.")
-        mean, deviation = (getattr(part.groupby("method")[columns], name)().loc[methods] for name in ("mean", "std"))
-        text = mean.map("{:.3f}".format) + deviation.map(lambda x: "" if np.isnan(x) else f" ± {x:.3f}")
-        print(text.replace("nan", "", regex=False).to_string())
-        if {"HECLIP", "published heg"} <= set(methods):
-            ratio = mean.loc["HECLIP"] / mean.loc["published heg"]
-            print("HECLIP / published heg: " + ", ".join(f"{name} {ratio[name]:.3f}" for name in COLUMNS[:3]))
-    if len(args.protocol) == 2:
+        print_table(plan, protocol, part, columns, methods)
+    if len(plan.protocols) == 2:
         mean = rows.groupby(["protocol", "method"])[list(COLUMNS[:3])].mean()
         gap = (mean.loc["paper"] - mean.loc["strict"]).loc[methods]
         print("\npaper minus strict:\n" + gap.map("{:+.3f}".format).to_string())
+
+
+def print_table(plan, protocol, rows, columns, methods):
+    """Print mean and standard deviation over folds and seeds, a row per method, of one protocol."""
+    shared = plan.shared
+    with_donor = " with its donor" if plan.folds == "donor" else ""
+    print(f"\n{shared.dataset}, {shared.panel} panel, protocol {protocol}: each of "
+          f"{', '.join(rows['query'].unique())} held out{with_donor}; {shared.encoder}, "
+          f"{shared.max_epochs} epochs, seeds {', '.join(map(str, plan.seeds))}.\n"
+          "Mean ± standard deviation over folds and seeds.")
+    by_method = rows.groupby("method")[columns]
+    mean, deviation = by_method.mean().loc[methods], by_method.std().loc[methods]
+    text = mean.map("{:.3f}".format) + deviation.map(plus_minus)
+    print(text.replace("nan", "", regex=False).to_string())
+    if {"HECLIP", "published heg"} <= set(methods):
+        ratio = mean.loc["HECLIP"] / mean.loc["published heg"]
+        shown = ", ".join(f"{name} {ratio[name]:.3f}" for name in COLUMNS[:3])
+        print(f"HECLIP / published heg: {shown}")
+
+
+def plus_minus(deviation):
+    """A standard deviation as text; none for a single value."""
+    return "" if np.isnan(deviation) else f" ± {deviation:.3f}"
 
 
 if __name__ == "__main__":

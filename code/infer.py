@@ -2,10 +2,11 @@
 
     python code/infer.py --dataset GSE240429 --type heg
 
-reads GSE/<dataset>/processed and the model that main.py wrote, or --checkpoint (one of HECLIP's authors
-too). It embeds every section into ebd/, retrieves for each query patch its nearest reference spots, and
-writes <type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json to save/<dataset>/, and maps, UMAPs
-and calibration to figure/. With --image it predicts a slide that has no expression instead.
+reads GSE/<dataset>/processed and the model that main.py wrote, or --checkpoint (one of HECLIP's
+authors too). It embeds every section into ebd/, retrieves for each query patch its nearest
+reference spots, and writes <type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json to
+save/<dataset>/, and maps, UMAPs and calibration to figure/. With --image it predicts a slide that
+has no expression instead.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def parse(argv=None):
                             "lattice over the tissue")
     slide.add_argument("--name", help="of the slide in the results; default: the stem of its file")
     slide.add_argument("--spatialdata", metavar="DIR",
-                       help="write the prediction as SpatialData too; needs the package spatialdata")
+                       help="write the prediction as SpatialData too; needs the package "
+                            "spatialdata")
     args = flags.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value is not None and value is not False}
     if args.image and (useless := given & set(OF_A_SECTION)):
@@ -111,8 +113,9 @@ from heclip.prediction import (
     reference_of,
     save_embeddings,
 )
-from heclip.retrieval import average_expression, random_spots, smooth
+from heclip.retrieval import average_expression, random_spots
 from heclip.settings import Predicting
+from heclip.spots import smooth
 
 
 @dataclass
@@ -181,9 +184,9 @@ def read_and_embed(args):
     trained.check(processed, query)
     if trained.panel is None:
         trained = with_panel(trained, processed, sections, args.panel_file)
-        print(f"{trained.path}: published {trained.settings.type} model of {len(trained.panel)} genes. "
-              f"It does not say what it was trained on: whether it has seen {query}, and whether its "
-              "genes are these in this order, cannot be checked")
+        print(f"{trained.path}: published {trained.settings.type} model of {len(trained.panel)} "
+              f"genes. It does not say what it was trained on: whether it has seen {query}, and "
+              "whether its genes are these in this order, cannot be checked")
     check_replaceable(run.prediction, trained, query, args.overwrite)
     how = predicting(args.recipe or trained.settings.recipe, vars(args))
     expression = {section: processed.expression(section, trained.panel)
@@ -220,18 +223,19 @@ def read_model(args):
     settings = trained.settings
     if trained.reference is None:
         if args.untrained:
-            raise InputError(f"--untrained: {path} does not say how its training began. Leave the flag "
-                             "out")
+            raise InputError(f"--untrained: {path} does not say how its training began. Leave the "
+                             "flag out")
         chosen = replace(settings, dataset=asked["dataset"], protocol=asked["protocol"])
         return replace(trained, settings=chosen)
     if args.panel_file:
-        raise InputError(f"--panel_file: {path} knows its genes; a list is for published checkpoints")
+        raise InputError(f"--panel_file: {path} knows its genes; a list is for published "
+                         "checkpoints")
     given = {flag: getattr(args, flag) if args.checkpoint else asked[flag] for flag in MODEL}
     if any(value not in (None, getattr(settings, flag)) for flag, value in given.items()):
-        raise InputError(f"{path} was trained on {settings.dataset} {trained.name}, not on "
-                         f"{given['dataset'] or settings.dataset} "
-                         f"{run_name(given['type'] or settings.type, given['protocol'] or settings.protocol)}"
-                         ". Name its own with --dataset, --type and --protocol, or train again")
+        asked = " ".join(f"--{flag} {value}" for flag, value in given.items() if value)
+        raise InputError(f"{path} was trained on {settings.dataset} {trained.name}, and is asked "
+                         f"for as {asked}. Name its own --dataset, --type and --protocol, or "
+                         "train again")
     return trained
 
 
@@ -250,23 +254,25 @@ def choose_sections(processed, trained, query):
 def the_one(held_out, processed):
     """The only section of a list, or an error that asks for one."""
     if len(held_out) != 1:
-        raise InputError(f"{processed.sections_path} has {len(held_out)} query sections; exactly one is "
-                         "predicted at a time. Name it with --query")
+        raise InputError(f"{processed.sections_path} has {len(held_out)} query sections; exactly "
+                         "one is predicted at a time. Name it with --query")
     return held_out[0]
 
 
 def with_panel(trained, processed, sections, panel_file):
-    """A published model with the genes that it is taken to have. Raises InputError by their number."""
+    """A published model with the genes that it is taken to have. Raises InputError by their
+    number."""
     settings, n_genes = trained.settings, trained.network.config.n_genes
     panel = processed.panel(settings.type, settings.protocol, sections)
     if panel_file:
         if settings.protocol == "paper":
-            raise InputError("--panel_file with --protocol paper: its corrected expression is that of "
-                             "its own panel. Leave one of them out")
+            raise InputError("--panel_file with --protocol paper: its corrected expression is "
+                             "that of its own panel. Leave one of them out")
         panel = given_panel(panel_file, panel, processed.genes(sections[0]))
     if len(panel) != n_genes:
-        raise InputError(f"{trained.path} is a {settings.type} model of {n_genes} genes, but the panel "
-                         f"has {len(panel)}. Give its own genes, in its order, with --panel_file CSV")
+        raise InputError(f"{trained.path} is a {settings.type} model of {n_genes} genes, but the "
+                         f"panel has {len(panel)}. Give its own genes, in its order, with "
+                         "--panel_file CSV")
     return replace(trained, panel=panel)
 
 
@@ -285,7 +291,7 @@ def check_replaceable(path, trained, query, overwrite):
                          "--save_path DIR, or replace it with --overwrite")
 
 
-# -------------------------------------------------------------------------------- 2. and 3. predict, score
+# ------------------------------------------------------------------------- 2. and 3. predict, score
 
 
 def columns(trained, how, predicted, prefix=""):
@@ -323,7 +329,8 @@ def untrained_model(trained):
 
 
 def score_all(job, predictions, spots, reference_expression):
-    """Scores of every prediction, and per gene of the first: (name -> score -> number, DataFrame)."""
+    """Scores of every prediction, and per gene of the first: (name -> score -> number,
+    DataFrame)."""
     panel, truth = job.trained.panel, job.expression[job.query]
     ranked_on = truth if panel.protocol == "paper" else reference_expression
     summaries, genes = {}, None
@@ -340,16 +347,16 @@ def score_all(job, predictions, spots, reference_expression):
     return summaries, genes
 
 
-# ---------------------------------------------------------------------------------- 4. and 5. write, draw
+# ---------------------------------------------------------------------------- 4. and 5. write, draw
 
 
 def as_anndata(job, spots, predicted, reference, genes):
     """The prediction as AnnData, spots x panel, ready for scanpy and squidpy.
 
-    X predicted and layers["true"] measured, both log-normalised. obs: what is known of each spot, and
-    how far to trust it (see `Predicted.certainty`). var: symbol, marker, the correlation that the gene
-    reached, and expected_pearson, which it reached on the validation spots before the query was looked
-    at. uns["heclip"]: JSON of the model, the query, and how it was predicted.
+    X predicted and layers["true"] measured, both log-normalised. obs: what is known of each spot,
+    and how far to trust it (see `Predicted.certainty`). var: symbol, marker, the correlation that
+    the gene reached, and expected_pearson, which it reached on the validation spots before the
+    query was looked at. uns["heclip"]: JSON of the model, the query, and how it was predicted.
     """
     reached = genes[genes.columns.intersection(["Pearson", "expected_pearson"])]
     about = {"query": job.query, "reference": job.sections, "how": asdict(job.how),
@@ -375,27 +382,32 @@ def write_results(job, result, genes, summaries):
     how = asdict(job.how)
     if job.trained.is_regression:
         how["retrieval"] = "regression"
-    without_nan = {label: {key: None if np.isnan(value) else value for key, value in summary.items()}
-                   for label, summary in summaries.items()}
     ranked_on = "query truth" if settings.protocol == "paper" else "reference"
     scores = {"dataset": settings.dataset, "type": settings.type, "protocol": settings.protocol,
               "query": job.query, "reference": job.sections, "n_spots": result.n_obs,
               "n_genes": len(panel), "recipe": settings.recipe, **how, "genes_ranked_on": ranked_on,
-              "scores": without_nan}
+              "scores": {label: without_nan(summary) for label, summary in summaries.items()}}
     with atomic_path(job.run.scores) as path:
         path.write_text(json.dumps(scores, indent=2) + "\n")
 
 
+def without_nan(summary):
+    """Scores as JSON knows them: None where a score is undefined."""
+    return {name: None if np.isnan(value) else value for name, value in summary.items()}
+
+
 def print_scores(job, summaries):
-    """The results table: one row per score, one column per prediction; the one on disk comes first."""
+    """The results table: one row per score, one column per prediction; the one on disk comes
+    first."""
     names = {"gene": "gene retrieval", "image": "image retrieval", "both": "both retrievals",
              "untrained gene": "untrained, gene", "untrained image": "untrained, image",
              "random": "random spots"}
     settings, how = job.trained.settings, job.how
-    scores = pd.DataFrame({names.get(label, label): summary for label, summary in summaries.items()})
-    print(f"\n{settings.dataset} {settings.type}, protocol {settings.protocol}: {job.query} predicted "
-          f"from {', '.join(job.sections)}; {len(job.trained.panel)} genes, K = {how.k}, {how.views} "
-          f"views, smoothing {how.smoothing}" + (", centred." if how.centre else "."))
+    scores = pd.DataFrame({names.get(label, label): summary
+                           for label, summary in summaries.items()})
+    print(f"\n{settings.dataset} {settings.type}, protocol {settings.protocol}: {job.query} "
+          f"predicted from {', '.join(job.sections)}; {len(job.trained.panel)} genes, K = {how.k}, "
+          f"{how.views} views, smoothing {how.smoothing}" + (", centred." if how.centre else "."))
     where = "query's truth, as published." if settings.protocol == "paper" else "reference."
     print(f"HEG-n, HVG-n: mean Pearson of the n genes highest, or most variable, in the {where}")
     print(scores.to_string(
@@ -415,20 +427,23 @@ def draw(job, result, genes, reference):
                         title=f"{title}: {job.query}")
     order = genes["Pearson"].dropna().sort_values(ascending=False, kind="stable")
     if len(order):
-        captions = {gene: "best" for gene in order.index[:2]} | {order.index[len(order) // 2]: "median"}
+        captions = {gene: "best" for gene in order.index[:2]}
+        captions[order.index[len(order) // 2]] = "median"
         captions |= {gene: "marker" for gene in result.var_names[result.var["marker"]]}
         shown = [(gene, f"{caption} · r = {genes.loc[gene, 'Pearson']:.2f}")
                  for gene, caption in captions.items()]
         figures.expression_maps(result, shown, run.figure("MAP", suffix="png"))
-    figures.calibration_figure(result, run.figure("CAL", suffix="png"), title=f"{title}: {job.query}")
+    figures.calibration_figure(result, run.figure("CAL", suffix="png"), title=f"{title}: "
+                                                                              f"{job.query}")
     print(f"scores in {run.scores}; figures in {run.figure('MAP').parents[1]}: MAP, CAL, EBD, EXP")
 
 
-# --------------------------------------------------------------------------- a slide without expression
+# ----------------------------------------------------------------------- a slide without expression
 
 
 def predict_slide(args):
-    """What --image does: predict, write <name>_slide_<slide>_prediction.h5ad, and draw two figures."""
+    """What --image does: predict, write <name>_slide_<slide>_prediction.h5ad, and draw two
+    figures."""
     trained = read_model(args)
     run = Run(trained.settings.dataset, trained.name, args.save_path)
     name = args.name or Path(args.image).stem
@@ -448,8 +463,9 @@ def predict_slide(args):
     print(f"{args.image}, {mpp:.4g} µm a pixel: {result.n_obs:,} spots, {result.n_vars:,} genes "
           f"predicted in {path}")
     if "spread" in result.obs:
-        print(f"mean over spots: similarity to those retrieved {result.obs['similarity'].mean():.3f}, "
-              f"their spread {result.obs['spread'].mean():.3f}")
+        print("mean over spots: similarity to those retrieved "
+              f"{result.obs['similarity'].mean():.3f}, their spread "
+              f"{result.obs['spread'].mean():.3f}")
     if args.spatialdata:
         api.write_spatialdata(result, args.spatialdata)
     if args.figures:
@@ -460,7 +476,8 @@ def predict_slide(args):
 
 
 def genes_to_map(prediction):
-    """The dataset's markers, or else the genes whose predictions vary most: [(gene id, caption)]."""
+    """The dataset's markers, or else the genes whose predictions vary most: [(gene id,
+    caption)]."""
     markers = prediction.var_names[prediction.var["marker"]]
     if len(markers):
         return [(gene, "marker") for gene in markers]

@@ -4,12 +4,13 @@
     torchrun --nproc_per_node 8 code/main.py --dataset GSE240429 --type heg      several
 
 reads GSE/<dataset>/processed, and writes save/<dataset>/<type>_best.pt, the epoch with the best
-validation score, <type>_losses.csv, and <type>_last.pt, from which --resume continues. The query section
-is never opened.
+validation score, <type>_losses.csv, and <type>_last.pt, from which --resume continues. The query
+section is never opened.
 
     python code/main.py --dataset GSE240429 --type heg --freeze
 
-leaves the encoder as it was pretrained and trains the heads on its features, which are computed once.
+leaves the encoder as it was pretrained and trains the heads on its features, which are computed
+once.
 """
 
 from heclip import command
@@ -19,7 +20,9 @@ if __name__ == "__main__":
     command.run(parse_training)  # a wrong flag is answered here: the imports below take seconds
 
 import math
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -51,19 +54,21 @@ from heclip.checkpoint import (
 )
 from heclip.dataset import Processed, Run
 from heclip.features import digest, features_of
-from heclip.files import InputError, atomic_path
+from heclip.files import InputError, atomic_path, locked
 from heclip.loss import LOSSES, regression_loss
 from heclip.metrics import mean_defined, pearson_per_gene
 from heclip.model import HECLIP, configure, load_encoder_weights
 from heclip.panel import run_name
 from heclip.prediction import Reference, predict
-from heclip.settings import Predicting
+from heclip.settings import PREDICTING
+
+VALIDATIONS = 5  # of a training, about
 
 
 class History(NamedTuple):
     """What training reports: a dict per epoch, its speed, and the number of training spots."""
 
-    losses: list  # dicts: epoch, train_loss, and with validation validation_loss, validation_pearson
+    losses: list  # dicts: epoch, train_loss; where validated, validation_loss, validation_pearson
     patches_per_second: list
     n_training: int
 
@@ -71,9 +76,18 @@ class History(NamedTuple):
 def train(settings: Training, run: Run) -> History:
     """Train a model as `settings` say, and write it where `run` says.
 
+    The model appears when training has finished: whoever reads it meanwhile reads the one before.
     Raises InputError if the data are missing or too few, or if another model lies there already.
     """
     ranks = parallel.start(command.pick_device(settings.device))
+    with locked(run.checkpoint) if ranks.rank == 0 else nullcontext():
+        history = fit(settings, run, ranks)
+    parallel.finish()
+    return history
+
+
+def fit(settings, run, ranks):
+    """What `train` does, as one of the ranks, with no other training of this model at the same time."""
     rank, world, device = ranks
     say = print if rank == 0 else lambda *_, **__: None
     if settings.freeze and world > 1:
@@ -81,30 +95,33 @@ def train(settings: Training, run: Run) -> History:
                          "code/main.py")
     torch.manual_seed(settings.seed)
 
-    # Data: the reference sections' spots, split so that no validation patch shows training tissue.
+    # Data: the reference sections' spots. Those of one section, as a rule, are kept for validation.
     processed = Processed(settings.dataset)
     reference, _ = processed.roles(settings.query)
     table = processed.sections().loc[reference]
     panel = processed.panel(settings.panel_type, settings.protocol, reference)
     spots = Spots(processed, reference, panel, device)
-    training, validation = split_spots(spots, table["crop_px"], settings.val_fraction,
-                                       settings.protocol, settings.seed)
-    check_split(settings, training, validation, table)
+    split = Split(*split_spots(spots, table["crop_px"], settings.val_fraction, settings.protocol,
+                               settings.seed))
+    training, validation = split
+    check_split(settings, split, table)
     batch_size = min(settings.batch_size, len(training) // world * world)
     if batch_size % world:
-        raise InputError(f"--batch_size {batch_size} cannot be shared equally by {world} processes. "
-                         "Choose a multiple")
-    say(f"{settings.dataset} {run.name}: {len(panel)} genes; {', '.join(reference)}: {len(training)} "
-        f"training and {len(validation)} validation spots, "
-        f"{len(spots) - len(training) - len(validation)} between them left out")
+        raise InputError(f"--batch_size {batch_size} cannot be shared equally by {world} "
+                         "processes. Choose a multiple")
+    say(f"{settings.dataset} {run.name}: {len(panel)} genes; {', '.join(reference)}: "
+        f"{len(training)} training and {len(validation)} validation "
+        f"spots{where_validated(spots, split)}")
 
     # Model. `model` is the network with gradients averaged over the ranks, if there are several.
-    network = build(settings, panel, int(table["patch_px"].iloc[0]), spots.expression[training.to(device)])
+    patch_px, patch_um = int(table["patch_px"].iloc[0]), float(table.eval("crop_px * mpp").mean())
+    network = build(settings, panel, patch_px, spots.expression[training.to(device)])
     network.to(device, memory_format=torch.channels_last)
-    asked = replace(settings, resume=False, overwrite=False)  # not what the model is, but this call
-    trained = Trained(network, asked, panel, table["digest"].to_dict(),
-                      int(table["patch_px"].iloc[0]), float((table["crop_px"] * table["mpp"]).mean()))
-    if settings.compile or (settings.compile is None and device.type == "cuda" and not settings.freeze):
+    # What the model is does not depend on how and where this call was made.
+    learned = replace(settings, resume=False, overwrite=False, save_path=None)
+    trained = Trained(network, learned, panel, table["digest"].to_dict(), patch_px, patch_um)
+    by_itself = device.type == "cuda" and not settings.freeze
+    if settings.compile or (settings.compile is None and by_itself):
         network.image_encoder.compile()
         say("the encoder is compiled during the first epoch")
     model = parallel.distribute(network, device)
@@ -118,14 +135,16 @@ def train(settings: Training, run: Run) -> History:
     if settings.resume and run.last.exists():
         losses = load_progress(run.last, trained, optimiser)
         say(f"resuming after epoch {len(losses)}")
-    elif not settings.overwrite:
-        check_replaceable(run, trained)
+    elif rank == 0:
+        if not settings.overwrite:
+            check_replaceable(run, trained)
+        run.unfinished.unlink(missing_ok=True)
     best = max((row.get("validation_pearson", -math.inf) for row in losses), default=-math.inf)
     steps = len(training) // batch_size * settings.max_epochs
 
-    # Training. Each epoch sees each training spot once, in a new order and as one of its 8 symmetries.
-    # All that is random comes from the seed and the epoch's number, so that a resumed run repeats what
-    # it would have been.
+    # Training. Each epoch sees each training spot once, in a new order and as one of its 8
+    # symmetries. All that is random comes from the seed and the epoch's number, so that a resumed
+    # run repeats what it would have been.
     for epoch in range(len(losses) + 1, settings.max_epochs + 1):
         start = time.perf_counter()
         model.train()
@@ -154,18 +173,19 @@ def train(settings: Training, run: Run) -> History:
         train_loss = total.item() / len(batches)
         if not math.isfinite(train_loss):
             raise InputError(f"the training loss of epoch {epoch} is {train_loss}: training has "
-                             f"diverged. Lower --lr (now {settings.lr}) or raise --temperature (now "
-                             f"{settings.temperature})")
+                             f"diverged. Lower --lr (now {settings.lr}) or raise --temperature "
+                             f"(now {settings.temperature})")
         speeds.append(len(batches) * batch_size / (time.perf_counter() - start))
         losses.append({"epoch": epoch, "train_loss": train_loss})
         report, is_best = f"epoch {epoch}: training loss {train_loss:.3f}", True
         if len(validation):
-            validation_loss, per_gene = validate(network, spots, training, validation, batch_size,
-                                                 LOSSES[settings.loss], ranks)
+            is_best = False
+        if is_validated(epoch, settings) and len(validation):
+            validation_loss, per_gene = validate(trained, spots, split, batch_size, ranks)
             score = mean_defined(per_gene)
             if math.isnan(score):
-                raise InputError(f"no gene varies over the {len(validation)} validation spots, so no "
-                                 "epoch can be called the best. Raise --val_fraction")
+                raise InputError(f"no gene varies over the {len(validation)} validation spots, so "
+                                 "no epoch can be called the best. Raise --val_fraction")
             losses[-1] |= {"validation_loss": validation_loss, "validation_pearson": score}
             is_best, best = score > best, max(score, best)
             trained.validation = per_gene.tolist()
@@ -175,26 +195,53 @@ def train(settings: Training, run: Run) -> History:
         say(f"{report}  {speeds[-1]:,.0f} patches/s", flush=True)
         if rank == 0:
             if is_best:
-                save_checkpoint(run.checkpoint, trained)
+                save_checkpoint(run.unfinished, trained)
             with atomic_path(run.losses) as path:
                 pd.DataFrame(losses).to_csv(path, index=False)
             save_progress(run.last, trained, optimiser, losses)
+    if rank == 0 and run.unfinished.exists():
+        os.replace(run.unfinished, run.checkpoint)
     if len(validation):
         say(f"best: validation Pearson {best:.4f}; model in {run.checkpoint}")
     else:
         say(f"model of the last epoch in {run.checkpoint}")
-    del model  # before the group of processes that it averages over
-    parallel.finish()
     return History(losses, speeds, len(training))
 
 
-def check_split(settings, training, validation, table):
+class Split(NamedTuple):
+    """Indices of the training and of the validation spots, int64, sorted."""
+
+    training: torch.Tensor
+    validation: torch.Tensor
+
+
+def check_split(settings, split, table):
     """Raise InputError if there are too few spots on either side."""
-    if len(training) < 2 or (settings.val_fraction and len(validation) < 2):
+    training, validation = map(len, split)
+    if training < 2 or (settings.val_fraction and validation < 2):
         raise InputError(
-            f"{len(training)} training and {len(validation)} validation spots are too few: with patches "
-            f"of {table['crop_px'].max()} px, --val_fraction {settings.val_fraction} leaves none apart. "
-            "Choose another")
+            f"{training} training and {validation} validation spots are too few: with patches of "
+            f"{table['crop_px'].max()} px, --val_fraction {settings.val_fraction} leaves none "
+            "apart. Choose another")
+
+
+def where_validated(spots, split):
+    """In words, what the validation spots are."""
+    held_out = set(spots.section[split.validation.numpy()])
+    if held_out and not held_out & set(spots.section[split.training.numpy()]):
+        return f" ({', '.join(sorted(held_out))})"
+    between = len(spots) - len(split.training) - len(split.validation)
+    return f", {between} between them left out"
+
+
+def is_validated(epoch, settings):
+    """Whether an epoch is validated: every one with --freeze, else about VALIDATIONS and the last.
+
+    A validation encodes all patches in all views of the recipe, which takes as long as several
+    epochs.
+    """
+    every = 1 if settings.freeze else max(1, round(settings.max_epochs / VALIDATIONS))
+    return epoch % every == 0 or epoch == settings.max_epochs
 
 
 def build(settings, panel, patch_px, expression):
@@ -224,7 +271,8 @@ def adamw(network, settings, device):
 
 
 def freeze(trained, processed, spots, batch_size):
-    """Leave the encoder as it is: from here on, features of all 8 symmetries stand in for patches."""
+    """Leave the encoder as it is: from here on, features of all 8 symmetries stand in for
+    patches."""
     network, settings, device = trained.network, trained.settings, spots.expression.device
     network.image_encoder.requires_grad_(False)
     weights = digest(network.image_encoder)
@@ -239,8 +287,8 @@ def freeze(trained, processed, spots, batch_size):
 def batch_loss(model, network, patches, expression, settings, generator, ranks):
     """The loss of one global batch of B spots, of which this rank has B / R.
 
-    patches: uint8 (B / R, P, P, 3), or features. expression: (B / R, G). What is random is drawn for the
-    whole batch on every rank, and each takes its share.
+    patches: uint8 (B / R, P, P, 3), or features. expression: (B / R, G). What is random is drawn
+    for the whole batch on every rank, and each takes its share.
     """
     n = len(expression) * ranks.world
     patches = augment(patches, ranks.mine(random_turns(n, generator)))
@@ -273,34 +321,53 @@ def learning_rate_factor(step, steps, schedule):
 
 
 @torch.inference_mode()
-def validate(network, spots, training, validation, batch_size, loss_of, ranks):
-    """The loss over the validation spots, and what selects the epoch: the task itself, on tissue held out.
+def validate(trained, spots, split, batch_size, ranks):
+    """The loss over the validation spots, and what selects the epoch: the task itself.
 
-    Each validation patch retrieves its 50 nearest training spots by their gene embeddings (a regression
-    model predicts by itself). Returns (loss, Pearson correlation per gene (G,), the mean over the
-    sections where it is defined).
+    The validation spots of each section are predicted as infer.py would, by the recipe's own
+    prediction, from the training spots. Returns (loss, Pearson correlation per gene (G,), the mean
+    over sections where it is defined).
     """
-    network.eval()
+    network, settings = trained.network.eval(), trained.settings
+    how = PREDICTING[settings.recipe]
+    if settings.protocol == "paper":  # spots drawn at random have no neighbours to smooth over
+        how = replace(how, smoothing=0.0)
     device = spots.expression.device
-    own = encode_patches(network, spots.patches, ranks.mine(validation),
-                         max(1, batch_size // ranks.world))
-    images = parallel.gather_interleaved(own)  # (n, D)
-    truth = spots.expression[validation.to(device)]
-    known = spots.expression[training.to(device)]
-    genes = network.encode_expression(truth)
-    loss = sum(loss_of(image, gene, network.temperature).item() * len(image)
-               for image, gene in zip(images.split(batch_size), genes.split(batch_size), strict=True))
-    reference = Reference([], [len(training)], known.cpu().numpy(),
-                          {"gene": network.encode_expression(known)})
-    how = Predicting(retrieval="gene", centre=False, views=1, smoothing=0)
-    xy = spots.xy[validation.numpy()]
-    predicted = predict(images, xy, reference, how, network.config.kind == "regression").expression
-    truth, section = truth.cpu().numpy(), spots.section[validation.numpy()]
-    scores = np.stack([pearson_per_gene(predicted[section == s], truth[section == s])
-                       for s in dict.fromkeys(section)])
+
+    def embed(index):  # (n,) -> (n, D)
+        own = encode_patches(network, spots.patches, ranks.mine(index),
+                             max(1, batch_size // ranks.world), how.views)
+        return parallel.gather_interleaved(own)
+
+    image = embed(split.validation)
+    truth = spots.expression[split.validation.to(device)]
+    gene = network.encode_expression(truth)
+    loss_of = LOSSES[settings.loss]
+    loss = sum(loss_of(i, g, network.temperature).item() * len(i)
+               for i, g in zip(image.split(batch_size), gene.split(batch_size), strict=True))
+
+    known = spots.expression[split.training.to(device)]
+    section = spots.section[split.training.numpy()]
+    names, sizes = np.unique(section, return_counts=True)
+    order = [name for name in trained.reference if name in names]
+    embeddings = {"gene": network.encode_expression(known)}
+    if how.retrieval != "gene" and not trained.is_regression:
+        embeddings["image"] = embed(split.training)
+    sizes = [int(sizes[names == name][0]) for name in order]
+    reference = Reference(order, sizes, known.cpu().numpy(), embeddings)
+    section, xy = spots.section[split.validation.numpy()], spots.xy[split.validation.numpy()]
+    truth, scores = truth.cpu().numpy(), []
+    for rows in (np.flatnonzero(section == name) for name in dict.fromkeys(section)):
+        predicted = predict(image[rows], xy[rows], reference, how, trained.is_regression)
+        scores.append(pearson_per_gene(predicted.expression, truth[rows]))
+    return loss / len(image), mean_over_sections(np.stack(scores))
+
+
+def mean_over_sections(scores):
+    """The mean of scores (sections, G) where they are defined: (G,), NaN where none is."""
     defined = np.isfinite(scores)
     count = np.where(defined.any(axis=0), defined.sum(axis=0), np.nan)
-    return loss / len(validation), np.where(defined, scores, 0).sum(axis=0) / count
+    return np.where(defined, scores, 0).sum(axis=0) / count
 
 
 def main(argv=None):

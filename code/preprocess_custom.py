@@ -29,7 +29,6 @@ def parse(argv):
                        help="table with the columns gene_id and gene_name, for counts without symbols")
     flags.add_argument("--min_counts", type=int, default=0, help="drop spots with fewer counts in all")
     preprocess.add_flags(flags, Dataset.patch_px)
-    flags.set_defaults(raw=None)  # the sheet has exact paths
     return flags.parse_args(argv)
 
 
@@ -52,11 +51,18 @@ def main(argv=None):
     else:
         for line in renamed:
             print(f"genes: {line}")
-        words = ["python", "code/preprocess_custom.py",
-                 *(str(Path(word).resolve()) if word in (args.sheet, str(args.symbols)) else word for word in argv)]
+        again = shlex.join(["python", "code/preprocess_custom.py", *with_full_paths(args, argv)])
         dataset = Dataset(name, sections, args.n_hvg, args.n_heg, markers=tuple(args.markers),
-                          symbols=args.symbols, min_counts=args.min_counts, command=shlex.join(words))
-        preprocess.prepare(dataset, args)
+                          symbols=args.symbols, min_counts=args.min_counts, command=again,
+                          patch_um=args.patch_um, patch_px=args.patch_px)
+        preprocess.prepare(dataset, None, args.protocol, args.workers, args.section)
+
+
+def with_full_paths(args, argv):
+    """The words of a command line that does the same from any folder; the sheet comes first."""
+    paths = {args.sheet, str(args.symbols)}
+    words = [args.sheet, *(word for word in argv if word != args.sheet)]
+    return [str(Path(word).resolve()) if word in paths else word for word in words]
 
 
 def check(args, sections, problems, ignored, renamed):

@@ -273,12 +273,15 @@ DATASET = Dataset(
 )
 
 
-def main(argv=None):
-    raw = DATASET.raw
-    sections = range(1, len(DATASET.sections) + 1)
-    if not all((raw / name).exists() for number in sections for name in files(number)):
+def generate_missing(raw):
+    """Write the data set below `raw`, unless it is there."""
+    numbers = range(1, len(DATASET.sections) + 1)
+    if not all((raw / name).exists() for number in numbers for name in files(number)):
         generate(raw)
-    preprocess(DATASET, argv)
+
+
+def main(argv=None):
+    preprocess(DATASET, argv, generate_missing)
 
 
 if __name__ == "__main__":

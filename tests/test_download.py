@@ -1,5 +1,7 @@
 """download.py against a server of our own that fails in every way that servers do: the right file, or none and why."""
 
+import contextlib
+import errno
 import gzip
 import hashlib
 import importlib
@@ -139,7 +141,9 @@ def one(server, monkeypatch, tmp_path):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The files below a folder. Locks are left out: they hold nothing, and may stay or not."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.suffix != ".lock"}
 
 
 def only_a_part(folder, name="slide.tif"):
@@ -350,6 +354,69 @@ def test_a_killed_run_leaves_a_part_that_the_next_goes_on_with(server, one, kill
     assert sum(seen["sent"] for seen in server.gets()) == 2501
 
 
+# ------------------------------------------------------------------------------------ two at once
+
+
+def test_two_downloads_of_one_file_never_write_to_the_same_part(
+        server, one, tmp_path, when_waiting):
+    get = one()
+    server.faults["/data/slide.tif"] = ["wait"]
+    errors = []
+
+    def first():
+        try:
+            get()
+        except InputError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    give_up = time.monotonic() + 30
+    while not server.gets() and time.monotonic() < give_up:
+        time.sleep(0.02)
+    stderr = when_waiting(server.go_on.set)
+    get()
+    server.go_on.set()
+    thread.join()
+    assert errors == []
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+    assert sum(seen["sent"] for seen in server.gets()) == len(BODY) + 1  # all of it by the first
+    assert "slide.tif: another process is writing it; waiting" in stderr.getvalue()
+
+
+@pytest.mark.parametrize("body", [BODY, BODY[:-1]])
+def test_a_file_that_appears_during_the_wait_is_checked(
+        server, one, monkeypatch, tmp_path, capsys, body):
+    @contextlib.contextmanager
+    def finished_by_another(path):
+        path.parent.mkdir()
+        path.write_bytes(body)
+        yield
+
+    monkeypatch.setattr(download, "locked", finished_by_another)
+    get = one()
+    with contextlib.nullcontext() if body == BODY else pytest.raises(InputError):
+        get()
+    assert not server.gets()
+    assert contents(tmp_path / "to") == {"slide.tif": body}
+    said = "slide.tif is there with 99,999 bytes, but http://" in capsys.readouterr().err
+    assert said == (body != BODY)
+
+
+def test_a_disk_that_is_full_at_last_keeps_the_part(server, one, monkeypatch, tmp_path):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    get = one()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(InputError, match=r"\.slide\.tif\.part: No space left on device"):
+            get()
+    assert contents(tmp_path / "to")[".slide.tif.part"] == BODY
+    get()
+    assert contents(tmp_path / "to") == {"slide.tif": BODY}
+
+
 # ------------------------------------------------------------------------------------ servers that say no, or lie
 
 
@@ -492,7 +559,7 @@ def test_a_web_page_in_the_place_of_a_file_is_refused(server, one, monkeypatch, 
                         head(self, status, **{**headers, "Content_Type": "text/html; charset=utf-8"}))
     with pytest.raises(InputError):
         get()
-    assert "slide.tif: a web page came" in capsys.readouterr().err
+    assert "slide.tif: the server sent a web page" in capsys.readouterr().err
     assert not (tmp_path / "to").exists()
 
 
@@ -607,7 +674,7 @@ def test_bytes_are_announced_and_the_disk_must_have_room_for_them(server, one, m
     get = one()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=99_999))
-    with pytest.raises(InputError, match="100,000 bytes are to come, but 99,999 are free"):
+    with pytest.raises(InputError, match="100,000 bytes are needed, but 99,999 are free"):
         get()
     assert f"MOB: 0 of 1 files are here. To fetch: 1 (100,000 bytes), to {tmp_path / 'to'}\n" in capsys.readouterr().out
     assert not (tmp_path / "to").exists()

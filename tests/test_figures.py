@@ -302,8 +302,9 @@ def test_the_predicted_maps_lie_on_the_page_and_none_over_another(genes, monkeyp
 
 
 def test_spots_too_small_for_their_colour_to_show_are_drawn_to_touch(monkeypatch):
-    fine = section(lattice(200, 200), size=(12000, 10000), shrink=50, diameter=10)
-    _, maps = drawn_without_truth(monkeypatch, fine, [("G0", "")])
+    square = np.array(lattice(200, 200)) * [50 / 60, 1]  # 50 pixels apart both ways
+    adata = section(square, size=(12000, 10000), shrink=50, diameter=10)
+    _, maps = drawn_without_truth(monkeypatch, adata, [("G0", "")])
     assert maps[0].get_widths()[0] == pytest.approx(1.1 * 50 * 0.005)
 
 

@@ -1,8 +1,10 @@
 """Frozen encoders: features on disk are the encoder's of these patches, and it stays as it is."""
 
+import contextlib
 import errno
 import json
 import os
+import threading
 
 import numpy as np
 import pandas as pd
@@ -13,8 +15,7 @@ from test_batches import write_section
 
 import infer
 import main
-from heclip import features as features_module
-from heclip import parallel, prediction
+from heclip import features as features_module, parallel, prediction
 from heclip.batches import SYMMETRIES, Patches, augment, encode_patches
 from heclip.checkpoint import load_checkpoint
 from heclip.dataset import Processed, Run
@@ -50,7 +51,9 @@ def processed(tmp_path, monkeypatch):
 
 
 def files(processed):
-    return {path.name for path in (processed.folder / "features").rglob("*") if path.is_file()}
+    """The names of the kept files, without locks."""
+    return {path.name for path in (processed.folder / "features").rglob("*")
+            if path.is_file() and path.suffix != ".lock"}
 
 
 # ------------------------------------------------------------------------------ what is kept
@@ -195,6 +198,115 @@ def test_damaged_files_are_made_again(processed, name, damage):
     before = np.array(make(processed, a_model()))
     damage(next((processed.folder / "features").iterdir()) / name)
     np.testing.assert_array_equal(make(processed, a_model()), before)
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def test_who_wants_features_that_another_computes_waits_for_them(
+        processed, monkeypatch, when_waiting):
+    begun, go_on, calls = threading.Event(), threading.Event(), {"first": 0, "second": 0}
+
+    def counting(model, name):
+        original = model.encode_features
+
+        def encode(pixels):
+            calls[name] += 1
+            if name == "first":
+                begun.set()
+                go_on.wait(60)
+            return original(pixels)
+
+        monkeypatch.setattr(model, "encode_features", encode)
+        return model
+
+    first, second = (counting(a_model(), name) for name in calls)
+    thread = threading.Thread(target=make, args=(processed, first))
+    thread.start()
+    begun.wait(60)
+    when_waiting(go_on.set)
+    try:
+        found = make(processed, second)
+    finally:
+        go_on.set()
+        thread.join()
+    assert calls == {"first": 16, "second": 0}
+    np.testing.assert_array_equal(found, make(processed, a_model()))
+    assert files(processed) == {"A.npy", "A.json"}
+
+
+def test_features_of_another_write_than_the_sidecars_are_not_used(processed, monkeypatch):
+    # As when a writer was killed between the two files, or has not come to the second.
+    before = np.array(make(processed, a_model()))
+    place = next((processed.folder / "features").iterdir())
+    np.save(place / "A.npy", np.zeros_like(before))
+    model = a_model()
+    assert kept(processed, "A", model.config, digest(model.image_encoder)) is None
+    np.testing.assert_array_equal(make(processed, model), before)
+
+
+def test_at_no_moment_of_a_write_are_the_two_files_taken_for_a_pair(processed, monkeypatch):
+    make(processed, a_model())
+    replace_patches(processed, seed=1)
+    model, seen, atomic_path = a_model(), [], features_module.atomic_path
+    weights = digest(model.image_encoder)
+
+    @contextlib.contextmanager
+    def watched(path):
+        seen.append(kept(processed, "A", model.config, weights))
+        with atomic_path(path) as temporary:
+            yield temporary
+            seen.append(kept(processed, "A", model.config, weights))
+
+    monkeypatch.setattr(features_module, "atomic_path", watched)
+    assert make(processed, model) is not None
+    assert seen == [None] * 4
+
+
+def replace_patches(processed, seed):
+    """New patches as a new file: the old ones may still be open."""
+    processed.patches_path("A").unlink()
+    write_section(processed, "A", 7, seed=seed)
+
+
+@pytest.mark.parametrize("when", ["as they are opened", "during the computation"])
+def test_patches_that_are_replaced_meanwhile_are_never_taken_for_those_encoded(
+        processed, when, monkeypatch):
+    model, changed = a_model(), []
+
+    def then_replace(original):
+        def call(*args):
+            found = original(*args)
+            if not changed:
+                changed.append(replace_patches(processed, seed=1))
+            return found
+        return call
+
+    if when == "as they are opened":
+        monkeypatch.setattr(processed, "patches", then_replace(processed.patches))
+    else:
+        monkeypatch.setattr(model, "encode_features", then_replace(model.encode_features))
+    with pytest.raises(InputError, match=r"A\.patches\.npy was replaced"):
+        make(processed, model)
+    found = np.array(make(processed, a_model()))
+    for path in (processed.folder / "features").rglob("*.json"):
+        path.unlink()
+    np.testing.assert_array_equal(make(processed, a_model()), found)
+
+
+def test_features_that_were_only_copied_are_known_by_their_contents(processed, monkeypatch):
+    make(processed, a_model())
+    os.utime(next((processed.folder / "features").rglob("A.npy")), (1, 1))
+    assert computed(processed, a_model(), monkeypatch) == 0
+
+
+@pytest.mark.parametrize("content", ["{}", "null", '{"bytes": 1}',
+                                     '{"patches": {}, "features": {}}'])
+def test_a_sidecar_that_lacks_something_is_written_again(processed, content, monkeypatch):
+    make(processed, a_model())
+    next((processed.folder / "features").rglob("A.json")).write_text(content)
+    assert computed(processed, a_model(), monkeypatch) == 16
+    assert computed(processed, a_model(), monkeypatch) == 0
 
 
 # ------------------------------------------------------------------------------ training on it

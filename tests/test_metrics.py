@@ -21,7 +21,6 @@ from heclip.metrics import (
     js_per_gene,
     mean_defined,
     morans_i,
-    neighbour_graph,
     pearson_per_gene,
     pearson_per_spot,
     rank_genes,
@@ -35,6 +34,7 @@ from heclip.metrics import (
     windowed_ssim_per_gene,
 )
 from heclip.retrieval import average_expression, random_spots
+from heclip.spots import neighbours
 
 NAN = float("nan")
 
@@ -387,18 +387,6 @@ def test_recall_at_two_of_two_spots_counted_by_hand():
     assert recall_at_k(prediction, truth, 1) == 0.5
 
 
-@pytest.mark.parametrize(("staggered", "most"), [(False, 8), (True, 6)])
-def test_neighbours_are_those_beside_a_spot_on_the_lattice(staggered, most):
-    row, col, xy = lattice(staggered=staggered)
-    graph = neighbour_graph(xy).toarray()
-    for i in range(len(row)):
-        for j in range(len(row)):
-            down, across = abs(row[i] - row[j]), abs(col[i] - col[j])
-            beside = (down, across) in {(0, 2), (1, 1)} if staggered else max(down, across) == 1
-            assert graph[i, j] == beside
-    assert graph.sum(axis=1).max() == most
-
-
 def slow_morans_i(x, graph):
     """n / W times the sum over pairs of w_ij z_i z_j, over the sum of squares."""
     z = x - x.mean()
@@ -410,7 +398,7 @@ def test_morans_i_equals_its_formula_in_loops_and_scanpys():
     _, _, xy = lattice()
     xy = np.vstack([xy, [[9000, 9000]]])  # a spot without neighbours
     truth = smooth_genes(xy)[1]
-    graph = neighbour_graph(xy)
+    graph = neighbours(xy)
     assert graph.sum(axis=1).min() == 0
     values = morans_i(truth, graph)
     np.testing.assert_allclose(values, [slow_morans_i(gene, graph.toarray()) for gene in truth.T], atol=1e-12)
@@ -444,7 +432,7 @@ def test_windowed_ssim_equals_a_loop_over_windows(staggered, window):
     prediction, truth = smooth_genes(xy)
     prediction[:, 1] -= 2  # below zero too
     truth[:, 2] = 0.1
-    values = windowed_ssim_per_gene(prediction, truth, pd.Series(row), pd.Series(col), window)
+    values = windowed_ssim_per_gene(prediction, truth, np.column_stack([row, col]), window)
     place = col // 2 if staggered else col
     assert np.isnan(values[2])
     for gene in (0, 1, 3, 4):
@@ -455,12 +443,12 @@ def test_windowed_ssim_equals_a_loop_over_windows(staggered, window):
 def test_windowed_ssim_is_one_for_the_truth_and_sees_where_a_gene_is():
     row, col, xy = lattice()
     _, truth = smooth_genes(xy)
-    np.testing.assert_allclose(windowed_ssim_per_gene(truth, truth, row, col), 1)
+    np.testing.assert_allclose(windowed_ssim_per_gene(truth, truth, np.column_stack([row, col])), 1)
     shuffled = np.random.default_rng(0).permutation(len(row))  # of both alike: the global form cannot tell
     noisy = truth + np.random.default_rng(1).normal(0, 0.3, truth.shape)
     np.testing.assert_allclose(ssim_per_gene(noisy[shuffled], truth[shuffled]), ssim_per_gene(noisy, truth))
-    apart = windowed_ssim_per_gene(noisy[shuffled], truth[shuffled], row, col)
-    assert (np.abs(apart - windowed_ssim_per_gene(noisy, truth, row, col)) > 0.001).all()
+    apart = windowed_ssim_per_gene(noisy[shuffled], truth[shuffled], np.column_stack([row, col]))
+    assert (np.abs(apart - windowed_ssim_per_gene(noisy, truth, np.column_stack([row, col]))) > 0.001).all()
 
 
 def test_the_further_scores_are_those_of_their_functions():
@@ -469,7 +457,7 @@ def test_the_further_scores_are_those_of_their_functions():
     truth[:, 4] = 0.3
     spots = pd.DataFrame({"array_row": row, "array_col": col})
     summary = score_further(prediction, truth, spots, xy)
-    graph, varying = neighbour_graph(xy).toarray(), [0, 1, 2, 3, 5]
+    graph, varying = neighbours(xy).toarray(), [0, 1, 2, 3, 5]
     pearson = gene_by_gene(slow_pearson, prediction, truth)[varying]
     predicted, measured = (np.array([slow_morans_i(x[:, g], graph) for g in varying]) for x in (prediction, truth))
     assert summary == pytest.approx({
@@ -477,12 +465,14 @@ def test_the_further_scores_are_those_of_their_functions():
         "Pearson per spot": gene_by_gene(slow_pearson, prediction.T, truth.T).mean(),
         "Spearman": gene_by_gene(slow_spearman, prediction, truth)[varying].mean(),
         "RMSE, log-normalised": np.sqrt(((prediction - truth) ** 2).mean(axis=0)).mean(),
-        "SSIM, windows": windowed_ssim_per_gene(prediction, truth, row, col)[varying].mean(),
+        "SSIM, windows": windowed_ssim_per_gene(prediction, truth, np.column_stack([row, col]))[varying].mean(),
         "Moran's I, r": slow_pearson(predicted, measured),
         "Moran's I, ratio": predicted.mean() / measured.mean(),
         **{f"recall@{k}": slow_recall(prediction, truth, k) for k in HIT_AT}}, abs=1e-10)
     without = score_further(prediction, truth, spots[["array_row"]], xy)
     assert without.keys() == summary.keys() - {"SSIM, windows"}
+    unknown = score_further(prediction, truth, spots * 0 - 1, xy)  # all would lie in one window
+    assert unknown == without
 
 
 @pytest.mark.filterwarnings("error")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import anndata
@@ -21,8 +22,7 @@ from test_slide import an_image, obvious_patches
 from test_sources import write_h5, write_mtx, write_positions
 
 import preprocess_spatialLIBD_1
-from heclip import command, expression, figures, slide, sources
-from heclip import preprocess as preprocess_module
+from heclip import command, expression, figures, preprocess as preprocess_module, slide, sources
 from heclip.dataset import Dataset, Processed, Section
 from heclip.files import InputError, sha256
 from heclip.panel import Panel
@@ -152,14 +152,14 @@ def processed(made, monkeypatch):
 
 
 def snapshot(root):
-    """Every file below a folder with its bytes and the time it was written."""
+    """Every file below a folder with its bytes and the time it was written. Not the locks."""
     return {str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in sorted(root.rglob("*")) if path.is_file()}
+            for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".lock"}
 
 
 def written(root):
-    """The names of the processed files."""
-    return {path.name for path in (root / "GSE/tiny/processed").glob("*")}
+    """The names of the processed files. Not the locks."""
+    return {path.name for path in (root / "GSE/tiny/processed").glob("*") if path.suffix != ".lock"}
 
 
 FILES = {"sections.csv",
@@ -851,6 +851,56 @@ def test_after_a_run_was_killed_outright_the_next_one_completes_all(
                     for folder in (undisturbed, completed))
         assert (one.X != two.X).nnz == 0
         assert one.uns["made_from"] == two.uns["made_from"]
+
+
+def test_two_runs_at_once_do_the_work_once_and_give_the_files_of_one(
+        copy, made, monkeypatch, when_waiting):
+    root, raw = copy
+    shutil.rmtree(root)
+    begun, go_on, reads = threading.Event(), threading.Event(), []
+    original = preprocess_module.read_section
+
+    def read_section(dataset, section, files):
+        reads.append(section.name)
+        if not begun.is_set():
+            begun.set()
+            go_on.wait(60)
+        return original(dataset, section, files)
+
+    monkeypatch.setattr(preprocess_module, "read_section", read_section)
+    first = threading.Thread(target=run, args=(raw, "--section", "A1"))
+    first.start()
+    begun.wait(60)
+    stderr = when_waiting(go_on.set)
+    try:
+        run(raw, "--protocol", "paper")
+    finally:
+        go_on.set()
+        first.join()
+    assert sorted(reads) == ["A1", "B1", "C1"]
+    assert "A1.h5ad: another process is writing it; waiting" in stderr.getvalue()
+    assert written(root) == FILES
+    for name in FILES:
+        alone, together = (base / "GSE/tiny/processed" / name for base in (made[0], root))
+        if name.endswith(".h5ad"):
+            one, two = (anndata.read_h5ad(path) for path in (alone, together))
+            assert (one.X != two.X).nnz == 0
+            assert one.uns["made_from"] == two.uns["made_from"]
+        else:
+            assert together.read_bytes() == alone.read_bytes()
+
+
+def test_a_slide_is_unpacked_to_a_file_of_this_run_only(copy, monkeypatch):
+    root, raw = copy
+    scratches, original = [], slide.open_slide
+    monkeypatch.setattr(slide, "open_slide", lambda path, scratch: (
+        scratches.append(scratch), original(path, scratch))[1])
+    for _ in range(2):
+        shutil.rmtree(root)
+        run(raw, "--section", "B1")
+    assert len(set(scratches)) == 2
+    assert {path.suffix for path in scratches} == {".part"}
+    assert written(root) == {"B1.h5ad", "B1.patches.npy"}
 
 
 def test_a_users_mistake_ends_in_one_line(copy):

@@ -535,7 +535,8 @@ def test_check_finds_everything_that_is_wrong_at_once_and_writes_nothing(root, t
     write_mtx(tmp_path / "logged", np.log1p(counts.to_numpy()), counts.index, GENES, SYMBOLS)
     write_h5(tmp_path / "mouse.h5", counts, counts.index, [f"MOUSE{i}" for i in range(60)], SYMBOLS)
     write_positions(tmp_path / "elsewhere.csv", table.assign(in_tissue=0).reset_index())
-    write_positions(tmp_path / "line.csv", table.assign(array_row=0).reset_index())
+    one_place = table.assign(pxl_row_in_fullres=90, pxl_col_in_fullres=90)
+    write_positions(tmp_path / "one_place.csv", one_place.reset_index())
     write_image(tmp_path / "gone.tif", image).write_bytes(b"II*\0")
     bad = {
         "C1": {"role": "test"}, "no counts": {"counts": "nowhere"}, "empty": {"counts": ""},
@@ -543,7 +544,7 @@ def test_check_finds_everything_that_is_wrong_at_once_and_writes_nothing(root, t
         "no donor": {"donor": ""}, "a/b": {}, "mpp": {"mpp": "half"}, "scale": {"scale": "big"},
         "logged": {"counts": "logged/matrix.mtx"},
         "outside": {"image": "A1 [1]/outs/spatial/tissue_hires_image.png"},
-        "off tissue": {"positions": "elsewhere.csv"}, "line": {"positions": "line.csv"},
+        "off tissue": {"positions": "elsewhere.csv"}, "one place": {"positions": "one_place.csv"},
         "damaged": {"image": "gone.tif"}, "mouse": {"counts": "mouse.h5"}}
     path = write_sheet(tmp_path, {"A1": good} | {name: good | cells for name, cells in bad.items()})
     path.write_text(path.read_text() + "A1,D,reference\n")
@@ -562,7 +563,7 @@ def test_check_finds_everything_that_is_wrong_at_once_and_writes_nothing(root, t
             ("mpp", "mpp is 'half'"),
             ("scale", "scale is 'big'"), ("logged", "not counts"),
             ("outside", "With hires in the column scale all"),
-            ("off tissue", "no spot is under tissue"), ("line", "on a line"),
+            ("off tissue", "no spot is under tissue"), ("one place", "too few spots"),
             ("damaged", "cannot be read as an image"),
             ("A1", "another line names too")]:
         assert any(f". {section}: " in line and says in line for line in lines), section

@@ -15,6 +15,7 @@ import scipy.sparse
 
 from heclip import sources
 from heclip.files import InputError
+from heclip.spots import array_of, pitch
 
 # ------------------------------------------------------------------------- raw files as others publish them
 
@@ -456,60 +457,6 @@ def test_no_spot_under_tissue_is_an_error_naming_the_position_file():
         sources.join(counts, spots_for(["A"], False), "matrix.mtx", "positions.csv")
 
 
-# ------------------------------------------------------------------------- lattice
-
-
-def lattice(rows, cols, step, staggered, turn=0.0, stretch=1.0, keep=None):
-    """Spots of a staggered lattice (neighbours 2 columns apart in a row) or a square one (1 column apart), turned."""
-    row, col = (grid.ravel() for grid in np.mgrid[:rows, :cols])
-    if staggered:
-        inside = (row + col) % 2 == 0
-        row, col = row[inside], col[inside]
-        xy = np.column_stack([col * step / 2, row * step * np.sqrt(3) / 2 * stretch])
-    else:
-        xy = np.column_stack([col * step, row * step * stretch])
-    cosine, sine = np.cos(turn), np.sin(turn)
-    xy = xy @ np.array([[cosine, sine], [-sine, cosine]]) + [300, 500]
-    spots = pd.DataFrame({"array_row": row, "array_col": col, "x": xy[:, 0], "y": xy[:, 1]})
-    return spots if keep is None else spots.sample(frac=keep, random_state=0)
-
-
-@pytest.mark.parametrize("turn", [0, 0.01, np.pi / 6, np.pi / 2, -2])
-@pytest.mark.parametrize("staggered", [True, False])
-@pytest.mark.parametrize("keep", [None, 0.3])
-def test_the_pitch_is_the_distance_of_neighbours_however_the_lattice_lies(turn, staggered, keep):
-    spots = lattice(12, 20, 137.5, staggered, turn, keep=keep)
-    if not staggered:
-        assert ((spots["array_row"] + spots["array_col"]) % 2 == 1).any()
-    assert sources.lattice_pitch(spots) == pytest.approx(137.5)
-
-
-def test_the_pitch_of_a_staggered_square_lattice_is_its_diagonal():
-    """Spatial Transcriptomics arrays: one column and one row are 141 um, so neighbours lie 200 um apart diagonally."""
-    spots = lattice(12, 20, 1.0, staggered=False)
-    spots = spots[(spots["array_row"] + spots["array_col"]) % 2 == 0].assign(
-        x=lambda table: 22.45 * table["array_col"], y=lambda table: 22.45 * table["array_row"])
-    assert sources.lattice_pitch(spots) == pytest.approx(22.45 * np.sqrt(2))
-
-
-def test_a_slightly_stretched_lattice_gives_the_mean_over_its_directions():
-    spots = lattice(12, 20, 100.0, staggered=True, stretch=1.01)
-    diagonal = np.hypot(50, 100 * np.sqrt(3) / 2 * 1.01)
-    assert sources.lattice_pitch(spots) == pytest.approx((100 + diagonal) / 2)
-
-
-def test_jitter_of_single_spots_averages_out():
-    spots = lattice(40, 60, 100.0, staggered=True)
-    spots[["x", "y"]] += np.random.default_rng(0).normal(0, 2, (len(spots), 2))
-    assert sources.lattice_pitch(spots) == pytest.approx(100, rel=1e-3)
-
-
-@pytest.mark.parametrize("spots", [lattice(1, 9, 100.0, False), lattice(2, 1, 100.0, False)], ids=["row", "two"])
-def test_spots_on_a_line_have_no_pitch(spots):
-    with pytest.raises(ValueError, match="line"):
-        sources.lattice_pitch(spots)
-
-
 # ------------------------------------------------------------------------- find
 
 
@@ -666,21 +613,6 @@ def test_genes_alone_of_other_formats_too(tmp_path):
         assert sources.read_genes(path).index.tolist() == ids
 
 
-@pytest.mark.parametrize("turn", [0, 0.3, np.pi / 2])
-@pytest.mark.parametrize("staggered", [True, False])
-@pytest.mark.parametrize("jitter", [0, 2])
-def test_without_an_array_the_pitch_is_measured_between_neighbours(turn, staggered, jitter):
-    spots = lattice(30, 40, 100.0, staggered, turn, keep=0.9).drop(columns=["array_row", "array_col"])
-    spots[["x", "y"]] += np.random.default_rng(0).normal(0, jitter, (len(spots), 2))
-    assert sources.spot_pitch(spots) == pytest.approx(100, rel=0.002)
-
-
-@pytest.mark.parametrize("xy", [[[5, 5]], [[5, 5], [5, 5], [5, 5]]])
-def test_spots_without_a_neighbour_have_no_pitch(xy):
-    with pytest.raises(ValueError, match="too few"):
-        sources.spot_pitch(pd.DataFrame(xy, columns=["x", "y"]))
-
-
 def test_an_anndata_may_lack_spots_but_not_all_of_them(tmp_path):
     adata, (_, barcodes, *_) = an_anndata()
     joined = sources.join(adata[2:], spots_for(barcodes, True), "filtered.h5ad", "positions.csv")
@@ -697,10 +629,15 @@ DLPFC = {"151507": (4226, 0.7251), "151508": (4384, 0.7251), "151509": (4789, 0.
          "151673": (3639, 0.7249), "151674": (3673, 0.7251), "151675": (3592, 0.7249), "151676": (3460, 0.7250)}
 
 
+def xy_of(spots):
+    return spots[["x", "y"]].to_numpy()
+
+
 def assert_spots_and_mpp(spots, n_in_tissue, mpp):
     assert spots["in_tissue"].sum() == n_in_tissue
-    assert round(100 / sources.lattice_pitch(spots), 4) == mpp
-    assert 100 / sources.lattice_pitch(spots[spots["in_tissue"]]) == pytest.approx(mpp, abs=1e-4)
+    assert round(100 / pitch(xy_of(spots), array_of(spots)), 4) == mpp
+    spots = spots[spots["in_tissue"]]
+    assert 100 / pitch(xy_of(spots), array_of(spots)) == pytest.approx(mpp, abs=1e-4)
 
 
 @pytest.mark.parametrize("slot", GSE240429)
@@ -716,7 +653,7 @@ def test_liver_positions_give_the_published_spots_and_scale(real_data, slot):
 def test_cortex_positions_give_the_published_spots_and_scale(real_data, section):
     spots = sources.read_positions(real_data("spatialLIBD") / section / "tissue_positions_list.txt")
     assert_spots_and_mpp(spots, *DLPFC[section])
-    measured = sources.spot_pitch(spots[spots["in_tissue"]].drop(columns=["array_row", "array_col"]))
+    measured = pitch(xy_of(spots[spots["in_tissue"]]))
     assert 100 / measured == pytest.approx(DLPFC[section][1], rel=1e-3)  # between neighbours, as well as by the lattice
 
 
@@ -729,7 +666,7 @@ def test_muscle_sections_are_read_as_scanpy_reads_them(real_data, folder, name, 
     spots = sources.read_positions(positions_path)
     adata = sources.join(sources.read_counts(path), spots, path, positions_path)
     assert adata.shape == (n_spots, 33217)
-    assert round(100 / sources.lattice_pitch(spots), 4) == mpp
+    assert round(100 / pitch(xy_of(spots), array_of(spots)), 4) == mpp
 
     with pytest.warns(UserWarning, match="not unique"):
         theirs = scanpy.read_10x_h5(path)
@@ -753,4 +690,4 @@ def test_olfactory_bulb_sections_join_with_all_their_spots(real_data, section, n
     assert np.corrcoef(adata.obs["array_col"], x)[0, 1] > 0.999  # the array is neither turned nor mirrored
     assert np.corrcoef(adata.obs["array_row"], y)[0, 1] > 0.999
     # By hand: 21.62 px a column and 24.05 px a row, so neighbours on the diagonal are 32.34 px apart.
-    assert sources.lattice_pitch(adata.obs.assign(x=x, y=y)) == pytest.approx(32.34, abs=0.05)
+    assert pitch(adata.obsm["spatial"], array_of(adata.obs)) == pytest.approx(32.34, abs=0.05)

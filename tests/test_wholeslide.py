@@ -9,7 +9,8 @@ from PIL import Image
 
 from heclip import slide, sources, wholeslide
 from heclip.files import InputError
-from heclip.wholeslide import SpotPatches, find_tissue, lattice, microns_per_pixel, open_whole_slide
+from heclip.spots import lattice
+from heclip.wholeslide import SpotPatches, find_tissue, microns_per_pixel, open_whole_slide
 
 HEIGHT, WIDTH = 420, 300
 APERIO = "Aperio Image Library v11.2.1 \r\n300x420 [0,0 300x420] (64x64) JPEG/RGB Q=70|AppMag = 20|MPP = {}"
@@ -416,25 +417,6 @@ def test_tissue_of_real_sections_is_where_their_authors_saw_it(real_data):
         true = spots["in_tissue"].to_numpy()
         assert (found & true).sum() > 0.92 * true.sum()
         assert (found & true).sum() > 0.97 * found.sum()
-
-
-# ------------------------------------------------------------------------- lattice
-
-
-@pytest.mark.parametrize(("width", "height"), [(1000, 600), (600, 1000)])
-def test_the_lattice_is_visiums(width, height):
-    spots = lattice(width, height, 40)
-    xy = spots[["x", "y"]].to_numpy()
-    distance = np.linalg.norm(xy[:, None] - xy, axis=2) + np.diag(np.full(len(xy), np.inf))
-    np.testing.assert_allclose(distance.min(axis=1), 40)
-    inner = ((xy > 45) & (xy < [width - 45, height - 45])).all(axis=1)
-    assert ((distance[inner] < 40.01).sum(axis=1) == 6).all()  # staggered
-    assert ((spots["array_row"] + spots["array_col"]) % 2 == 0).all()
-    assert sources.lattice_pitch(spots) == pytest.approx(40)
-    assert ((xy >= 0) & (xy < [width, height])).all()
-    assert len(spots) == pytest.approx(width * height / (40**2 * np.sqrt(3) / 2), rel=0.06)
-    assert spots.index.is_unique
-    assert spots.index[0] == "0x0"
 
 
 def test_the_share_of_a_circle_on_tissue():

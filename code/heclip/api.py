@@ -9,7 +9,6 @@
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,19 +24,18 @@ from . import command, sources, wholeslide
 from .batches import encode_patches
 from .checkpoint import SAME_WIDTH, load_checkpoint
 from .dataset import Processed, Run
-from .files import InputError
+from .files import InputError, atomic_path
 from .prediction import (
     KINDS,
     Reference,
     embed_expression,
     embed_section,
     fresh_embeddings,
-)
-from .prediction import (
     predict as predict_from,
 )
 from .settings import predicting
 from .slide import THUMBNAIL
+from .spots import array_of, lattice, pitch as spot_pitch
 
 VISIUM_UM = 100  # distance of neighbouring spots, where the reference's lie on no lattice
 FINGERPRINT = 1 << 20  # bytes at either end of a slide's file that tell it from another
@@ -47,39 +45,39 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=
                   batch_size=128, device="auto", compile=False, save_path=None, **how):
     """Predict a slide's expression from its image alone.
 
-    model: (dataset, "heg" or "hvg", with "_paper" where it applies), or the path of a checkpoint that
-    main.py wrote. The dataset's processed files must be there: the prediction is drawn from its
-    reference spots.
-    image: a whole slide, or a TIFF, JPEG or PNG. mpp: µm per full-resolution pixel, if the file does
-    not say. pitch: distance of neighbouring spots in µm; default: the reference's. positions: instead
-    of a lattice on the tissue, a position file that sources.read_positions knows, or such a table.
-    recipe, and retrieval, k, centre, views, smoothing: as in infer.py; default: those of the model's
-    recipe. name: of the slide in uns["spatial"]. save_path: as main.py's, where the model is given by
-    its dataset.
+    model: (dataset, "heg" or "hvg", with "_paper" where it applies), or the path of a checkpoint
+    that main.py wrote. The dataset's processed files must be there: the prediction is drawn from
+    its reference spots. image: a whole slide, or a TIFF, JPEG or PNG. mpp: µm per full-resolution
+    pixel, if the file does not say. pitch: distance of neighbouring spots in µm; default: the
+    reference's. positions: instead of a lattice on the tissue, a position file that
+    sources.read_positions knows, or such a table. recipe, and retrieval, k, centre, views,
+    smoothing: as in infer.py; default: those of the model's recipe. name: of the slide in
+    uns["spatial"]. save_path: as main.py's, where the model is given by its dataset.
 
-    Returns AnnData, spots x panel: X predicted log-normalised expression, float32; var symbol, marker;
-    obs in_tissue, array_row, array_col (of a lattice) and, but for a regression, similarity and spread
-    (see prediction.Predicted.certainty); obsm["spatial"] = (x, y) in full-resolution pixels;
-    uns["spatial"] as in a processed section; uns["heclip"], JSON of the model and how it predicted.
-    Warns where slide and reference differ in scale. Raises InputError.
+    Returns AnnData, spots x panel: X predicted log-normalised expression, float32; var symbol,
+    marker; obs in_tissue, array_row, array_col (of a lattice) and, but for a regression, similarity
+    and spread (see prediction.Predicted.certainty); obsm["spatial"] = (x, y) in full-resolution
+    pixels; uns["spatial"] as in a processed section; uns["heclip"], JSON of the model and how it
+    predicted. Warns where slide and reference differ in scale. Raises InputError.
     """
     run = Run(*model, save_path) if isinstance(model, tuple | list) else None
     trained = load_checkpoint(run.checkpoint if run else model)
-    if run and trained.reference and (run.dataset, run.name) != (trained.settings.dataset, trained.name):
-        raise InputError(f"{trained.path} was trained on {trained.settings.dataset} {trained.name}, not "
-                         f"on {run.dataset} {run.name}. Train again")
+    its_own = trained.settings.dataset, trained.name
+    if run and trained.reference and (run.dataset, run.name) != its_own:
+        raise InputError(f"{trained.path} was trained on {trained.settings.dataset} "
+                         f"{trained.name}, not on {run.dataset} {run.name}. Train again")
     return predict_with(
         trained, image, mpp, pitch=pitch, positions=positions, run=run, name=name,
-        how=predicting(recipe or trained.settings.recipe, how), batch_size=batch_size, device=device,
-        compile=compile)
+        how=predicting(recipe or trained.settings.recipe, how), batch_size=batch_size,
+        device=device, compile=compile)
 
 
 def predict(adata, image, model, mpp=None, **options):
     """Predict at the spots of an AnnData with obsm["spatial"] = (x, y) in full-resolution pixels.
 
     Otherwise as `predict_slide`. Where neither the file nor `mpp` gives the µm per pixel,
-    uns["spatial"] does if it was written here. Returns another AnnData: its obs are those of `adata`,
-    with similarity and spread.
+    uns["spatial"] does if it was written here. Returns another AnnData: its obs are those of
+    `adata`, with similarity and spread.
     """
     if "spatial" not in adata.obsm:
         raise InputError(f'adata has no obsm["spatial"]: x and y of each spot in pixels of {image}')
@@ -88,8 +86,9 @@ def predict(adata, image, model, mpp=None, **options):
         raise InputError("adata has no spots")
     if not np.isfinite(xy).all():
         lacking = adata.obs_names[~np.isfinite(xy).all(axis=1)]
-        raise InputError(f'adata: obsm["spatial"] has no position for {len(lacking)} of {len(xy)} spots, '
-                         f"{lacking[0]} for one. Leave them out: adata[np.isfinite(...).all(axis=1)]")
+        raise InputError(
+            f'adata: obsm["spatial"] has no position for {len(lacking)} of {len(xy)} spots, '
+            f"{lacking[0]} for one. Leave them out: adata[np.isfinite(...).all(axis=1)]")
     spots = pd.DataFrame(xy, adata.obs_names, ["x", "y"]).assign(in_tissue=True)
     if mpp is None:
         with wholeslide.open_whole_slide(image) as slide:
@@ -105,31 +104,33 @@ def predict(adata, image, model, mpp=None, **options):
 
 def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=None, name=None,
                  batch_size=128, device="auto", compile=False):
-    """What `predict_slide` does, with a model at hand: a Trained, and how it predicts: a Predicting.
+    """What `predict_slide` does, with a model at hand: a Trained, and how it predicts: a
+    Predicting.
 
     run: where embeddings of the reference's images may be kept; None: they are made.
     """
     if trained.reference is None:
-        raise InputError(f"{trained.path} is a published checkpoint, which does not say what it was "
-                         "trained on: a slide without expression needs a model of main.py")
+        raise InputError(f"{trained.path} is a published checkpoint, which does not say what it "
+                         "was trained on: a slide without expression needs a model of main.py")
     if pitch is not None and not pitch > 0:
         raise InputError(f"--pitch {pitch}: expected the spots' distance in µm")
     processed = Processed(trained.settings.dataset)
     trained.check(processed, None)
     warn_of_widths(trained, processed)
-    lattice = read_lattice(processed, list(trained.reference))
+    own = read_lattice(processed, list(trained.reference))
     with wholeslide.open_whole_slide(image) as slide:
         mpp = wholeslide.microns_per_pixel(slide, mpp)
         crop = trained.patch_um / mpp
         if crop < trained.patch_px / 2:
             warnings.warn(
-                f"{image} has {mpp:.3g} µm a pixel, coarser than the reference: {crop:.0f} pixels are "
-                f"enlarged to {trained.patch_px}, without the detail that the model learnt from",
+                f"{image} has {mpp:.3g} µm a pixel, coarser than the reference: {crop:.0f} pixels "
+                f"are enlarged to {trained.patch_px}, without the detail that the model learnt "
+                "from",
                 stacklevel=3)
         thumbnail, scale = wholeslide.thumbnail(slide, mpp)
         if positions is None:
-            spots = spots_on_tissue(slide, thumbnail, scale, mpp, pitch or lattice.pitch_um,
-                                    lattice.spot_um)
+            spots = spots_on_tissue(slide, thumbnail, scale, mpp, pitch or own.pitch_um,
+                                    own.spot_um)
         else:
             spots = given_spots(positions)
         xy = spots[["x", "y"]].to_numpy(np.float64)
@@ -150,10 +151,10 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
     library = {
         "images": {"hires": wholeslide.shrunk(thumbnail, shrink)},
         "scalefactors": {"tissue_hires_scalef": scale / shrink,
-                         "spot_diameter_fullres": lattice.spot_um / mpp},
+                         "spot_diameter_fullres": own.spot_um / mpp},
         "metadata": {"mpp": mpp, "source_image_path": Path(image).name}}
-    about = {"query": slide_identity(image), "reference": list(trained.reference), "how": asdict(how),
-             "unit": "log-normalised expression", "model": trained.facts()}
+    about = {"query": slide_identity(image), "reference": list(trained.reference),
+             "how": asdict(how), "unit": "log-normalised expression", "model": trained.facts()}
     return anndata.AnnData(
         predicted.expression, var=trained.panel.genes[["symbol", "marker"]],
         obs=spots.drop(columns=["x", "y"]).assign(**predicted.certainty(reference)),
@@ -161,7 +162,8 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
 
 
 def slide_identity(image):
-    """A name that tells a slide's file from another of the same name: by its size and both its ends."""
+    """A name that tells a slide's file from another of the same name: by its size and both its
+    ends."""
     size = Path(image).stat().st_size
     with open(image, "rb") as file:
         ends = file.read(FINGERPRINT)
@@ -171,7 +173,7 @@ def slide_identity(image):
     return f"{Path(image).name} ({digest[:12]})"
 
 
-# --------------------------------------------------------------------------------------- the reference
+# ------------------------------------------------------------------------------------ the reference
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,9 @@ def read_lattice(processed, sections):
     for section in sections:
         adata = processed.spots(section)
         (library,) = adata.uns["spatial"].values()
-        mpp, (x, y) = library["metadata"]["mpp"], adata.obsm["spatial"].T
-        with suppress(ValueError, KeyError):  # spots that lie on no lattice
-            pitch_um.append(sources.spot_pitch(adata.obs.assign(x=x, y=y)) * mpp)
+        mpp = library["metadata"]["mpp"]
+        with suppress(ValueError):  # of a single spot, say
+            pitch_um.append(spot_pitch(adata.obsm["spatial"], array_of(adata.obs)) * mpp)
         spot_um.append(library["scalefactors"]["spot_diameter_fullres"] * mpp)
     return Lattice(float(np.mean(pitch_um or [VISIUM_UM])), float(np.mean(spot_um)))
 
@@ -201,8 +203,8 @@ def warn_of_widths(trained, processed):
     width = table["crop_px"] * table["mpp"]
     if width.max() > (1 + SAME_WIDTH) * width.min():
         sizes = ", ".join(f"{section} {size:.0f}" for section, size in width.items())
-        warnings.warn(f"the reference's patches differ in size ({sizes} µm); {trained.patch_um:.0f} µm "
-                      "are cropped", stacklevel=4)
+        warnings.warn(f"the reference's patches differ in size ({sizes} µm); "
+                      f"{trained.patch_um:.0f} µm are cropped", stacklevel=4)
 
 
 def read_reference(trained, processed, run, how, device, batch_size):
@@ -232,13 +234,14 @@ def image_embeddings(trained, processed, run, section, views, device, batch_size
     return embed_section(trained, processed, section, views, device, batch_size)
 
 
-# ------------------------------------------------------------------------------------------- the spots
+# ---------------------------------------------------------------------------------------- the spots
 
 
 def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
-    """The spots of a lattice that lie on tissue. scale: thumbnail pixels per full-resolution pixel."""
+    """The spots of a lattice that lie on tissue. scale: thumbnail pixels per full-resolution
+    pixel."""
     tissue = wholeslide.find_tissue(thumbnail, mpp / scale)
-    spots = wholeslide.lattice(slide.width, slide.height, pitch_um / mpp)
+    spots = lattice(slide.width, slide.height, pitch_um / mpp)
     share = wholeslide.share_on_tissue(spots, tissue, scale, spot_um / mpp)
     spots = spots[share >= wholeslide.ON_TISSUE]
     if not len(spots):
@@ -248,7 +251,8 @@ def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
 
 
 def given_spots(positions):
-    """The spots under tissue of a position file, or of a table as sources.read_positions makes it."""
+    """The spots under tissue of a position file, or of a table as sources.read_positions makes
+    it."""
     is_table = isinstance(positions, pd.DataFrame)
     spots = positions if is_table else sources.read_positions(positions)
     spots = spots[spots["in_tissue"]]
@@ -258,7 +262,7 @@ def given_spots(positions):
     return spots
 
 
-# ----------------------------------------------------------------------------------------- SpatialData
+# -------------------------------------------------------------------------------------- SpatialData
 
 
 def to_spatialdata(prediction):
@@ -271,7 +275,8 @@ def to_spatialdata(prediction):
         from spatialdata.models import Image2DModel, ShapesModel, TableModel
         from spatialdata.transformations import Identity, Scale
     except ImportError:
-        raise InputError("the package spatialdata is not installed: pip install spatialdata") from None
+        raise InputError("the package spatialdata is not installed: pip install "
+                         "spatialdata") from None
     (library,) = prediction.uns["spatial"].values()
     factors = library["scalefactors"]
     table = prediction.copy()
@@ -286,7 +291,8 @@ def to_spatialdata(prediction):
         np.asarray(prediction.obsm["spatial"]), geometry=0,
         radius=factors["spot_diameter_fullres"] / 2, transformations={"global": Identity()})
     table = TableModel.parse(table, region="spots", region_key="region", instance_key="spot")
-    return SpatialData(images={"hires": picture}, shapes={"spots": circles}, tables={"table": table})
+    return SpatialData(images={"hires": picture}, shapes={"spots": circles},
+                       tables={"table": table})
 
 
 def write_spatialdata(prediction, folder):
@@ -294,11 +300,5 @@ def write_spatialdata(prediction, folder):
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists. Name another folder with --spatialdata, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with atomic_path(folder) as temporary:
         to_spatialdata(prediction).write(temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""Processed files -> tensors on the device; the split into training and validation spots; augmentation."""
+"""Processed files -> tensors on the device; the split into training and validation spots;
+augmentation."""
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +14,14 @@ from scipy.special import betaincinv
 from .command import autocast
 
 READERS = 4  # threads that read patches ahead of the model
-SYMMETRIES = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)  # (8, 3), see `augment`; the first is none
+SYMMETRIES = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)  # (8, 3), see `augment`
 
 
 class Spots:
     """The spots of some sections as one set, in order: N spots, G genes, patches of P x P pixels.
 
-    section: (N,) section names. xy: (N, 2) patch centres in whole full-resolution pixels, image column and row.
-    expression: float32 (N, G) on the device.
+    section: (N,) section names. xy: (N, 2) patch centres in whole full-resolution pixels, image
+    column and row. expression: float32 (N, G) on the device.
     """
 
     def __init__(self, processed, sections, panel, device):
@@ -36,24 +37,28 @@ class Spots:
 
 
 class Patches:
-    """Patches of several sections under one index, P x P pixels each, or their features (see features.py).
+    """Patches of several sections under one index, P x P pixels each, or their features (see
+    features.py).
 
-    They are kept on the GPU when they take at most half of its free memory; otherwise they stay in their memory maps,
-    and threads read ahead.
+    They are kept on the GPU when they take at most half of its free memory; otherwise they stay in
+    their memory maps, and threads read ahead.
     """
 
     def __init__(self, sections, device):
         self.sections, self.device = sections, device
         self.ends = np.cumsum([len(patches) for patches in sections])
         self.resident = None
-        if device.type == "cuda" and sum(p.nbytes for p in sections) < torch.cuda.mem_get_info(device)[0] / 2:
-            self.resident = torch.cat([torch.from_numpy(np.array(p)).to(device) for p in sections])
+        size = sum(patches.nbytes for patches in sections)
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+            self.resident = torch.cat([torch.from_numpy(np.array(patches)).to(device)
+                                       for patches in sections])
 
     def where(self):
         """In words: where the patches are kept."""
         size = sum(patches.nbytes for patches in self.sections) / 1e6
         what = "patches" if self.sections[0].dtype == np.uint8 else "features"
-        return f"{size:,.0f} MB of {what} {'on the GPU' if self.resident is not None else 'read from disk as needed'}"
+        place = "read from disk as needed" if self.resident is None else "on the GPU"
+        return f"{size:,.0f} MB of {what} {place}"
 
     def read(self, index):
         """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3), or float16 (B, 8, F), on the CPU.
@@ -71,7 +76,8 @@ class Patches:
         return batch
 
     def stream(self, batches):
-        """Yield the rows of each index in `batches`, (B,) int64 on the CPU, as `read` does, but on the device."""
+        """Yield the rows of each index in `batches`, (B,) int64 on the CPU, as `read` does, but on
+        the device."""
         if self.resident is not None:
             for index in batches:
                 yield self.resident[index.to(self.device)]
@@ -87,68 +93,93 @@ class Patches:
 
 
 def split_spots(spots, crop_px, fraction, protocol, seed):
-    """Choose validation spots; no spot is on both sides. Returns (training, validation) indices, int64, sorted.
+    """Choose validation spots; no spot is on both sides. Returns (training, validation), sorted
+    indices.
 
-    strict: in each section the `fraction` of spots nearest to one drawn at random, a window of tissue; the spots whose
-    patches share a pixel with a patch of the window are left out of both. paper: a random draw over all spots.
-    crop_px: section -> side of what its patches show, in the pixels of spots.xy.
+    strict: the section whose share of the spots is nearest to `fraction` is left out as a whole, so
+    that a model is chosen by the task itself: to predict a section that it has not seen. Of a
+    single section, a window of tissue is left out (`split_window`). paper: a random draw over all
+    spots. crop_px: section -> side of what its patches show, in the pixels of spots.xy.
     """
-    rng = np.random.default_rng(seed)
+    sections = list(dict.fromkeys(spots.section))
     everything = np.arange(len(spots))
     if protocol == "paper":
-        validation = np.sort(rng.permutation(everything)[:round(fraction * len(spots))])
-        return torch.from_numpy(np.setdiff1d(everything, validation)), torch.from_numpy(validation)
-    training, validation = [], []
-    for section in dict.fromkeys(spots.section):
-        index = np.flatnonzero(spots.section == section)
-        xy = spots.xy[index]
-        distance = np.abs(xy - xy[rng.integers(len(xy))]).max(axis=1)  # a square window
-        inside = np.zeros(len(index), bool)
-        inside[np.argsort(distance, kind="stable")[:round(fraction * len(index))]] = True
-        validation.append(index[inside])
-        if inside.any():
-            nearest, _ = cKDTree(xy[inside]).query(xy, p=np.inf)  # patches overlap below crop_px on both axes
-            inside = nearest < crop_px[section]
-        training.append(index[~inside])
-    return torch.from_numpy(np.concatenate(training)), torch.from_numpy(np.concatenate(validation))
+        drawn = np.random.default_rng(seed).permutation(everything)
+        validation = np.sort(drawn[:round(fraction * len(spots))])
+    elif fraction == 0:
+        validation = everything[:0]
+    elif len(sections) == 1:
+        training, validation = split_window(spots.xy, crop_px[sections[0]], fraction, seed)
+        return torch.from_numpy(training), torch.from_numpy(validation)
+    else:
+        away = [abs((spots.section == section).mean() - fraction) for section in sections]
+        validation = np.flatnonzero(spots.section == sections[int(np.argmin(away))])
+    training = np.setdiff1d(everything, validation)
+    return torch.from_numpy(training), torch.from_numpy(validation)
+
+
+def split_window(xy, crop_px, fraction, seed):
+    """Split one section's spots, xy (n, 2): the `fraction` nearest to one drawn at random validate.
+
+    The spots whose patches share a pixel with a patch of this window are left out of both sides.
+    Returns (training, validation), sorted indices.
+    """
+    centre = xy[np.random.default_rng(seed).integers(len(xy))]
+    distance = np.abs(xy - centre).max(axis=1)  # the window is a square
+    inside = np.zeros(len(xy), bool)
+    inside[np.argsort(distance, kind="stable")[:round(fraction * len(xy))]] = True
+    if not inside.any():
+        return np.flatnonzero(~inside), np.flatnonzero(inside)
+    # Patches overlap where their centres are closer than crop_px on both axes.
+    nearest, _ = cKDTree(xy[inside]).query(xy, p=np.inf)
+    return np.flatnonzero(nearest >= crop_px), np.flatnonzero(inside)
 
 
 def random_turns(n, generator):
-    """For each of n patches, one of the 8 symmetries of the square, all equally likely: bool (n, 3) on the CPU."""
+    """For each of n patches, one of the 8 symmetries of the square, all equally likely: bool (n, 3)
+    on the CPU."""
     return torch.randint(0, 2, (n, 3), generator=generator, dtype=torch.bool)
 
 
 def augment(patches, turns):
-    """Mirror each patch left-right, top-bottom and along its diagonal, or not, as `turns` (B, 3) says.
+    """Mirror each patch left-right, top-bottom and along its diagonal, or not, as `turns` (B, 3)
+    says.
 
-    The same as the published random flips and rotations by multiples of 90°. patches: (B, P, P, 3), any device. Of
-    features (B, 8, F), which hold all symmetries in the order of SYMMETRIES, those of the one: (B, F).
+    The same as the published random flips and rotations by multiples of 90°. patches: (B, P, P, 3),
+    any device. Of features (B, 8, F), which hold all symmetries in the order of SYMMETRIES, those
+    of the one: (B, F).
     """
     if patches.ndim == 3:
-        which = (turns.long() * torch.tensor([4, 2, 1])).sum(dim=1).to(patches.device, non_blocking=True)
-        return patches[torch.arange(len(patches), device=patches.device), which]
-    flip_x, flip_y, swap = turns.to(patches.device, non_blocking=True).T[..., None, None, None]  # (B, 1, 1, 1) each
+        which = (turns.long() * torch.tensor([4, 2, 1])).sum(dim=1)
+        every = torch.arange(len(patches), device=patches.device)
+        return patches[every, which.to(patches.device, non_blocking=True)]
+    turns = turns.to(patches.device, non_blocking=True)
+    flip_x, flip_y, swap = turns.T[..., None, None, None]  # (B, 1, 1, 1) each
     patches = torch.where(flip_x, patches.flip(2), patches)
     patches = torch.where(flip_y, patches.flip(1), patches)
     return torch.where(swap, patches.transpose(1, 2), patches)
 
 
 def random_stains(n, generator):
-    """For each of n patches, a gain and an offset of every colour channel, -1 to 1: float (n, 2, 3) on the CPU."""
+    """For each of n patches, a gain and an offset of every colour channel, -1 to 1: float (n, 2, 3)
+    on the CPU."""
     return 2 * torch.rand(n, 2, 3, generator=generator) - 1
 
 
 def stain(patches, stains, strength):
-    """Vary the stain: each colour channel times 1 ± strength, plus up to ± 80 strength. Float (B, P, P, 3), 0 to 255.
+    """Vary the stain: each colour channel times 1 ± strength, plus up to ± 80 strength. Float (B,
+    P, P, 3), 0 to 255.
 
     Scanner and stain differ from section to section; what is to be learned does not.
     """
-    gain, offset = stains.to(patches.device, non_blocking=True).transpose(0, 1)[:, :, None, None]  # (B, 1, 1, 3) each
+    stains = stains.to(patches.device, non_blocking=True).transpose(0, 1)
+    gain, offset = stains[:, :, None, None]  # (B, 1, 1, 3) each
     return (patches * (1 + strength * gain) + 80 * strength * offset).clamp(0, 255)
 
 
 def random_shares(n, strength, generator):
-    """For each of n patches, its own share in what it is mixed into: Beta(strength, strength), float32 (n,) on the CPU.
+    """For each of n patches, its own share in what it is mixed into: Beta(strength, strength),
+    float32 (n,) on the CPU.
 
     Small strengths leave most pairs almost unmixed.
     """
@@ -157,16 +188,19 @@ def random_shares(n, strength, generator):
 
 
 def mix(rows, shares):
-    """Mixup (Zhang et al., ICLR 2018): each of B rows times its share, and for the rest the row half a batch further.
+    """Mixup (Zhang et al., ICLR 2018): each of B rows times its share, and for the rest the row
+    half a batch further.
 
-    Between two patches, half of each, lies half of each one's expression: rows are either, (B, ...).
+    Between two patches, half of each, lies half of each one's expression: rows are either, (B,
+    ...).
     """
     shares = shares.to(rows.device, non_blocking=True).view(-1, *[1] * (rows.ndim - 1))
     return shares * rows + (1 - shares) * rows.roll(len(rows) // 2, 0)
 
 
 def to_pixels(patches, config):
-    """RGB (B, P, P, 3), 0 to 255 -> what the encoder was trained on: float32 (B, 3, S, S), channels last in memory.
+    """RGB (B, P, P, 3), 0 to 255 -> what the encoder was trained on: float32 (B, 3, S, S), channels
+    last in memory.
 
     Features (B, F) are beyond the encoder, and remain, as float32.
     """
@@ -183,13 +217,15 @@ def to_pixels(patches, config):
 
 @lru_cache
 def pixel_statistics(mean, std, device):
-    """Mean and standard deviation of pixels in 0 to 255, (3, 1, 1) each. Made once: making them waits for the GPU."""
+    """Mean and standard deviation of pixels in 0 to 255, (3, 1, 1) each. Made once: making them
+    waits for the GPU."""
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (mean, std))
 
 
 @torch.inference_mode()
 def encode_patches(model, patches, index, batch_size, views=1):
-    """Image embeddings of the patches in `index`: float32 (n, D) on their device. Nothing is random.
+    """Image embeddings of the patches in `index`: float32 (n, D) on their device. Nothing is
+    random.
 
     views: how many of a patch's 8 symmetries are embedded and averaged; 1 is the patch as it is.
     The last batch is filled up, so that all have one shape and a compiled encoder is compiled once.

@@ -20,7 +20,7 @@ from .panel import Panel, run_name
 from .settings import TRAINING, Training
 
 FORMAT = 4
-LIBRARIES = ("torch", "timm", "numpy", "scanpy", "anndata")  # their versions are kept with the weights
+LIBRARIES = ("torch", "timm", "numpy", "scanpy", "anndata")  # whose versions are kept
 SAME_WIDTH = 0.1  # patches that differ by less, relatively, show tissue at the same scale
 
 
@@ -29,14 +29,14 @@ class Trained:
     """A model, and what it was trained on. Raises nothing: see `check` for what it may be used on.
 
     network: HECLIP; None where only its embeddings are at hand. settings: how it was trained.
-    panel: its genes; None for a published checkpoint, which does not name them.
-    reference: section -> digest of what the section was made from; None where that is unknown.
-    patch_px, patch_um: side of the patches it saw, in stored pixels and in microns of tissue (the mean
-    over its sections; None where that is unknown).
-    epoch: the epoch that was kept. validation: Pearson correlation per gene that the model reached on
-    the validation spots, (G,), before the query was looked at; None without validation spots.
-    frozen: for an encoder that was not trained, {"weights": digest, "hub": its name on a hub or None}.
-    digest: names the weights and the way pixels are prepared. path: where it was read from.
+    panel: its genes; None for a published checkpoint, which does not name them. reference: section
+    -> digest of what the section was made from; None where that is unknown. patch_px, patch_um:
+    side of the patches it saw, in stored pixels and in microns of tissue (the mean over its
+    sections; None where that is unknown). epoch: the epoch that was kept. validation: Pearson
+    correlation per gene that the model reached on the validation spots, (G,), before the query was
+    looked at; None without validation spots. frozen: for an encoder that was not trained,
+    {"weights": digest, "hub": its name on a hub or None}. digest: names the weights and the way
+    pixels are prepared. path: where it was read from.
     """
 
     network: HECLIP | None
@@ -87,8 +87,8 @@ class Trained:
             raise InputError(f"{origin} was trained on {self.settings.dataset}, not on "
                              f"{processed.dataset}. Give its own --dataset, or train again")
         if query in self.reference:
-            raise InputError(f"{origin} was trained on {query}, which is now the query section. Name "
-                             "one that was held out with --query, or train again")
+            raise InputError(f"{origin} was trained on {query}, which is now the query section. "
+                             "Name one that was held out with --query, or train again")
         if absent := [section for section in self.reference if section not in table.index]:
             raise InputError(f"{origin} was trained on {', '.join(absent)}, which "
                              f"{processed.sections_path} lacks. Train again")
@@ -97,10 +97,10 @@ class Trained:
         if changed:
             first = table.loc[changed[0]]
             raise InputError(
-                f"{origin} was trained on patches of {self.patch_um:.0f} µm in {self.patch_px} px, and "
-                f"{', '.join(changed)} was made again since, of other files or settings: patches of "
-                f"{first['crop_px'] * first['mpp']:.0f} µm in {first['patch_px']} px. Preprocess as "
-                "before, or train again")
+                f"{origin} was trained on patches of {self.patch_um:.0f} µm in {self.patch_px} px, "
+                f"and {', '.join(changed)} was made again since, of other files or settings: "
+                f"patches of {first['crop_px'] * first['mpp']:.0f} µm in {first['patch_px']} px. "
+                "Preprocess as before, or train again")
         if query is not None and width_um is None:
             width_um = table.at[query, "crop_px"] * table.at[query, "mpp"]
         if width_um is not None and abs(width_um / self.patch_um - 1) > SAME_WIDTH:
@@ -136,26 +136,28 @@ def library_versions():
 
 
 def model_digest(network):
-    """SHA-256 over the weights and the config, which says how pixels are prepared. Hexadecimal text."""
+    """SHA-256 over the weights and the config, which says how pixels are prepared. Hexadecimal
+    text."""
     config = json.dumps(asdict(network.config), sort_keys=True)
     return hashlib.sha256(f"{config} {digest(network)}".encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------ saving, loading
+# ---------------------------------------------------------------------------------- saving, loading
 
 
 def save_checkpoint(path, trained):
     """Write a model with all that `load_checkpoint` needs to check its use.
 
-    A frozen encoder from a hub is left out: it may be large, and its terms may forbid passing it on. It
-    is found again by its name, and recognised by its digest.
+    A frozen encoder from a hub is left out: it may be large, and its terms may forbid passing it
+    on. It is found again by its name, and recognised by its digest.
     """
     network = trained.network
     described = replace(trained, digest=model_digest(network), versions=library_versions())
     from_hub = trained.frozen and trained.frozen["hub"]
     weights = heads(network) if from_hub else network.state_dict()
     with atomic_path(path) as temporary:
-        torch.save({"model": weights, "config": asdict(network.config), **described.facts()}, temporary)
+        torch.save({"model": weights, "config": asdict(network.config), **described.facts()},
+                   temporary)
 
 
 def heads(network):
@@ -168,8 +170,8 @@ def load_checkpoint(path):
     """Read a checkpoint: a Trained whose network is on the CPU and in evaluation mode."""
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} is missing. Train it with main.py, with the same --dataset, --type, "
-                         "--protocol and --save_path")
+        raise InputError(f"{path} is missing. Train it with main.py, with the same --dataset, "
+                         "--type, --protocol and --save_path")
     try:
         saved = read(path)
         if is_published(saved):
@@ -182,8 +184,8 @@ def load_checkpoint(path):
     except InputError:
         raise
     except Exception as error:  # a damaged file can fail anywhere
-        raise InputError(f"{path} is not a checkpoint of main.py, or is damaged ({first_line(error)}). "
-                         "Train again, or copy it again") from None
+        raise InputError(f"{path} is not a checkpoint of main.py, or is damaged "
+                         f"({first_line(error)}). Train again, or copy it again") from None
     network.eval()
     return trained
 
@@ -193,14 +195,15 @@ def network_from_hub(trained):
     network, name = trained.network, trained.frozen["hub"]
     load_encoder_weights(network.image_encoder, name, None, network.config.encoder_args)
     if digest(network.image_encoder) != trained.frozen["weights"]:
-        raise InputError(f"{trained.path} was trained on other weights of {name} than are found by that "
-                         "name now. Train again, or name the revision: --encoder "
+        raise InputError(f"{trained.path} was trained on other weights of {name} than are found by "
+                         "that name now. Train again, or name the revision: --encoder "
                          "hf-hub:<owner>/<name>@<revision>")
     return network.state_dict()
 
 
 def read(path):
-    """The contents of a file that was saved here, or by the published code. ValueError if damaged."""
+    """The contents of a file that was saved here, or by the published code. ValueError if
+    damaged."""
     if wrong := zipfile.ZipFile(path).testzip():  # torch does not look at the checksums it writes
         raise ValueError(f"the checksum of {wrong} is wrong")
     saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -209,11 +212,12 @@ def read(path):
     return saved
 
 
-# ------------------------------------------------------------------------------ published checkpoints
+# ---------------------------------------------------------------------------- published checkpoints
 
 
 def is_published(saved):
-    """Whether this is a state dict of the published code, by a layer that it saves but never uses."""
+    """Whether this is a state dict of the published code, by a layer that it saves but never
+    uses."""
     unused = ("spot_encoder.model.bias", "well_encoder.model.bias")
     return isinstance(saved, dict) and any(
         key.endswith(unused) for key in saved if isinstance(key, str))
@@ -222,13 +226,15 @@ def is_published(saved):
 def load_published(weights, path):
     """A Trained from a state dict of the published code (QSong-github/HECLIP).
 
-    Its entries tell its type and number of genes; nothing tells its genes and sections. ResNet-50, fed
-    as it was trained: 256 px, blue-green-red, 0 to 255. Raises an error on missing or other entries.
+    Its entries tell its type and number of genes; nothing tells its genes and sections. ResNet-50,
+    fed as it was trained: 256 px, blue-green-red, 0 to 255. Raises an error on missing or other
+    entries.
     """
     weights = {key.replace("module.", "").replace("well", "spot"): value
                for key, value in weights.items()}
     n_genes = len(weights["spot_encoder.model.bias"])
-    renamed = {"image_encoder.model.": "image_encoder.", "spot_projection.": "expression_projection.",
+    renamed = {"image_encoder.model.": "image_encoder.",
+               "spot_projection.": "expression_projection.",
                "image_projection.": "image_projection."}
     ours = {new + key.removeprefix(old): value for key, value in weights.items()
             for old, new in renamed.items() if key.startswith(old)}
@@ -239,15 +245,16 @@ def load_published(weights, path):
                                  std=(1 / 255,) * 3, bgr=True, embedding_dim=width))
     network.load_state_dict(ours)
     settings = replace(TRAINING["published"], type=kind)
-    return Trained(network.eval(), settings, panel=None, reference=None, patch_px=256, patch_um=None,
-                   digest=model_digest(network), path=path)
+    return Trained(network.eval(), settings, panel=None, reference=None, patch_px=256,
+                   patch_um=None, digest=model_digest(network), path=path)
 
 
-# ---------------------------------------------------------------------------- stopping and continuing
+# -------------------------------------------------------------------------- stopping and continuing
 
 
 def save_progress(path, trained, optimiser, losses):
-    """Write all that the next epoch depends on: weights, optimiser, scores so far, and whose they are."""
+    """Write all that the next epoch depends on: weights, optimiser, scores so far, and whose they
+    are."""
     network = trained.network
     weights = heads(network) if trained.frozen else network.state_dict()
     with atomic_path(path) as temporary:
@@ -256,10 +263,11 @@ def save_progress(path, trained, optimiser, losses):
 
 
 def load_progress(path, trained, optimiser):
-    """Fill model and optimiser with the state after the last finished epoch; return the scores so far.
+    """Fill model and optimiser with the state after the last finished epoch; return the scores so
+    far.
 
-    Raises InputError unless the run had the same data, panel and settings. Only the number of epochs
-    may differ, and that not under a schedule that ends with them.
+    Raises InputError unless the run had the same data, panel and settings. Only the number of
+    epochs may differ, and that not under a schedule that ends with them.
     """
     network = trained.network
     free = () if trained.settings.schedule == "cosine" else ("max_epochs",)
@@ -280,16 +288,22 @@ def load_progress(path, trained, optimiser):
 
 
 def changes(earlier, trained, free=()):
-    """In words, what makes `trained` another model than `earlier`: settings, panel, sections, encoder."""
+    """In words, what makes `trained` another model than `earlier`: settings, panel, sections,
+    encoder."""
     changed = trained.settings.differences(earlier.settings, free)
     if list(earlier.panel.ids) != list(trained.panel.ids):
         changed.append(f"its panel differs ({len(earlier.panel)} genes, now {len(trained.panel)})")
-    if list(earlier.reference) != list(trained.reference):
+    if (earlier.reference is None) != (trained.reference is None):
+        changed.append("one of them is a published checkpoint")
+    elif earlier.reference is None:  # of a published one, only the weights are known
+        if earlier.digest != trained.digest:
+            changed.append("its weights differ")
+    elif list(earlier.reference) != list(trained.reference):
         changed.append(f"its reference was {', '.join(earlier.reference)}, is "
                        f"{', '.join(trained.reference)}")
     elif earlier.reference != trained.reference:
-        changed.append(f"its sections were made again since: patches of {earlier.patch_um:.0f} µm, now "
-                       f"{trained.patch_um:.0f} µm, or other files or settings")
+        changed.append(f"its sections were made again since: patches of {earlier.patch_um:.0f} µm, "
+                       f"now {trained.patch_um:.0f} µm, or other files or settings")
     if earlier.frozen != trained.frozen:
         changed.append("its frozen encoder differs")
     return changed
@@ -320,7 +334,8 @@ def only_facts(saved):
 
 
 def saved_digest(path):
-    """The digest of the model in a checkpoint, without reading its weights; None if there is none."""
+    """The digest of the model in a checkpoint, without reading its weights; None if there is
+    none."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["digest"]
     except Exception:  # absent, damaged or a published one

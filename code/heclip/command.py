@@ -13,8 +13,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main):
-    """Call `main()` as a script: a user's mistake ends in one line and exit code 1, without traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: half-written files are removed
+    """Call `main()` as a script: a user's mistake ends in one line and exit code 1, without
+    traceback."""
+    # An exit unwinds, so that half-written files are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except InputError as error:
@@ -25,8 +27,8 @@ def run(main):
         # HDF5 wraps the system's error into a text of its own and drops the number.
         text = str(error)
         if error.errno in DISK_FULL or "No space left" in text or "File too large" in text:
-            sys.exit(f"error: the disk is full ({text}). Nothing half-written was left: free some space "
-                     "and run again")
+            sys.exit(f"error: the disk is full ({text}). Nothing half-written was left: free some "
+                     "space and run again")
         if error.errno is not None and error.filename is not None:
             sys.exit(f"error: {error.filename}: {error.strerror}")
         raise

@@ -23,13 +23,13 @@ ROOT = Path(os.environ.get("HECLIP_ROOT") or Path(__file__).resolve().parents[2]
 class Section:
     """One piece of tissue on one capture area.
 
-    counts, positions, image: glob patterns below the raw folder, tried in order; `.gz` may follow each. Or a Path:
-    that very file.
-    n_spots: the number of spots under tissue that its authors report; another number is an error.
-    pitch_um: distance of neighbouring spots in microns, where it is not the dataset's.
-    mpp: microns per pixel of the image, where they are known otherwise than from the pitch.
-    scale: pixels of the image per pixel of the positions: below 1 for an image smaller than the one they refer to.
-    new_ids: gene id -> the id that the other sections have for it.
+    counts, positions, image: glob patterns below the raw folder, tried in order; `.gz` may follow
+    each. Or a Path: that very file. n_spots: the number of spots under tissue that its authors
+    report; another number is an error. pitch_um: distance of neighbouring spots in microns, where
+    it is not the dataset's. mpp: microns per pixel of the image, where they are known otherwise
+    than from the pitch. scale: pixels of the image per pixel of the positions: below 1 for an image
+    smaller than the one they refer to. new_ids: gene id -> the id that the other sections have for
+    it.
     """
 
     name: str
@@ -49,15 +49,14 @@ class Section:
 class Dataset:
     """The facts about one dataset, stated once, in its preprocess script.
 
-    n_hvg, n_heg: genes that each section contributes to the panel's union.
-    markers: symbols whose scores and maps are shown by name.
-    symbols: glob patterns of a table gene_id -> gene_name, or its Path, for counts that carry no symbols.
-    pitch_um, spot_um: distance of neighbouring spots and their diameter in microns (Visium 100 and 55, legacy
-    Spatial Transcriptomics 200 and 100).
-    patch_px: side of the stored patches in pixels, which are the image's own unless patch_um says otherwise.
-    patch_um: side of the patch in microns: what is that wide in each section's image is resampled to patch_px.
-    min_counts: spots with fewer counts in all are dropped.
-    command: what prepares the dataset, if it is not preprocess_<name>.py.
+    n_hvg, n_heg: genes that each section contributes to the panel's union. markers: symbols whose
+    scores and maps are shown by name. symbols: glob patterns of a table gene_id -> gene_name, or
+    its Path, for counts that carry no symbols. pitch_um, spot_um: distance of neighbouring spots
+    and their diameter in microns (Visium 100 and 55, legacy Spatial Transcriptomics 200 and 100).
+    patch_px: side of the stored patches in pixels, which are the image's own unless patch_um says
+    otherwise. patch_um: side of the patch in microns: what is that wide in each section's image is
+    resampled to patch_px. min_counts: spots with fewer counts in all are dropped. command: what
+    prepares the dataset, if it is not preprocess_<name>.py.
     """
 
     name: str
@@ -77,13 +76,15 @@ class Dataset:
         names = [section.name for section in self.sections]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise InputError(f"dataset {self.name}: section {', '.join(twice)} is named twice; give each its own name")
+            raise InputError(f"dataset {self.name}: section {', '.join(twice)} is named twice; "
+                             "give each its own name")
         for section in self.sections:
             if section.role not in ("reference", "query"):
-                raise InputError(f"dataset {self.name}, section {section.name}: role {section.role!r} "
-                                 "is neither 'reference' nor 'query'")
+                raise InputError(f"dataset {self.name}, section {section.name}: role "
+                                 f"{section.role!r} is neither 'reference' nor 'query'")
         if not any(section.role == "reference" for section in self.sections):
-            raise InputError(f"dataset {self.name}: no section has the role 'reference': nothing to learn from")
+            raise InputError(f"dataset {self.name}: no section has the role 'reference': nothing "
+                             "to learn from")
 
     @property
     def raw(self):
@@ -106,7 +107,7 @@ class Processed:
         self.dataset = dataset
         self.folder = ROOT / "GSE" / dataset / "processed"
         self.sections_path = self.folder / "sections.csv"
-        self.command_path = self.folder / "command.txt"  # for datasets without a script of their own
+        self.command_path = self.folder / "command.txt"  # of datasets without a script
 
     def section_path(self, section):
         return self.folder / f"{section}.h5ad"
@@ -137,20 +138,22 @@ class Processed:
                            for script in SCRIPTS.glob("preprocess_*.py"))
             known.remove("custom")
             raise InputError(
-                f"{path} is missing, and no preprocess script is called {self.dataset}. --dataset takes "
-                f"{', '.join(known)}, or one that you make from a sample sheet: "
-                f"python code/preprocess_custom.py SHEET --name {self.dataset}")
+                f"{path} is missing, and no preprocess script is called {self.dataset}. --dataset "
+                f"takes {', '.join(known)}, or one that you make from a sample sheet: python "
+                f"code/preprocess_custom.py SHEET --name {self.dataset}")
         asks_for_paper = protocol == "paper" and " --protocol paper" not in self.command
         raise InputError(f"{path} is missing. Make it with: {self.command}"
                          + (" --protocol paper" if asks_for_paper else ""))
 
-    # ---------------------------------------------------------------------------------- the sections
+    # ------------------------------------------------------------------------------- the sections
 
     def sections(self):
-        """The section table: index section; columns donor, role, n_spots, n_genes, mpp, patch_px, ...
+        """The section table: index section; columns donor, role, n_spots, n_genes, mpp, patch_px,
+        ...
 
-        crop_px: side, in full-resolution pixels, of what a patch of patch_px x patch_px pixels shows.
-        digest: what the section's files were made from. Names are text: "NA" and "007" are names.
+        crop_px: side, in full-resolution pixels, of what a patch of patch_px x patch_px pixels
+        shows. digest: what the section's files were made from. Names are text: "NA" and "007" are
+        names.
         """
         text = {"section": str, "donor": str, "digest": str}
         path = self.need(self.sections_path)
@@ -162,7 +165,8 @@ class Processed:
         return table
 
     def roles(self, query=None):
-        """(reference, query), lists of section names: by the section table, or with `query` held out."""
+        """(reference, query), lists of section names: by the section table, or with `query` held
+        out."""
         table = self.sections()
         if query is None:
             query = list(table.index[table["role"] == "query"])
@@ -175,7 +179,8 @@ class Processed:
         return reference, list(query)
 
     def read(self, section):
-        """One section as AnnData, spots x all genes: X log-normalised (CSR float32), layers["counts"]."""
+        """One section as AnnData, spots x all genes: X log-normalised (CSR float32),
+        layers["counts"]."""
         import anndata
 
         with self.opened(section) as file:
@@ -190,7 +195,8 @@ class Processed:
                                       for part in ("obs", "obsm", "uns")})
 
     def xy(self, section):
-        """The spots' centres in full-resolution pixels, image column and row: float64 (n_spots, 2)."""
+        """The spots' centres in full-resolution pixels, image column and row: float64 (n_spots,
+        2)."""
         with self.opened(section) as file:
             return np.asarray(file["obsm/spatial"][:], np.float64)
 
@@ -223,7 +229,8 @@ class Processed:
                              f"{self.command} again") from error
 
     def patches(self, section):
-        """uint8 (n_spots, patch_px, patch_px, 3) RGB, as a memory map; row i is row i of the section.
+        """uint8 (n_spots, patch_px, patch_px, 3) RGB, as a memory map; row i is row i of the
+        section.
 
         Raises InputError if they were not made together with the section's expression.
         """
@@ -236,14 +243,15 @@ class Processed:
         with self.opened(section) as file:
             made_with = file["uns/patches_digest"][()].decode()
         if patches_digest(patches) != made_with:
-            raise InputError(f"{path} and {self.section_path(section)} were not made together. Delete "
-                             f"both and run {self.command} again")
+            raise InputError(f"{path} and {self.section_path(section)} were not made together. "
+                             f"Delete both and run {self.command} again")
         return patches
 
-    # ------------------------------------------------------------------------------- panel, expression
+    # --------------------------------------------------------------------------- panel, expression
 
     def panel(self, kind, protocol="strict", reference=None):
-        """The panel of that kind as on disk; if other sections than `reference` chose it, chosen again.
+        """The panel of that kind as on disk; if other sections than `reference` chose it, chosen
+        again.
 
         In the paper protocol all sections choose it, whichever is held out.
         """
@@ -264,7 +272,8 @@ class Processed:
 
 
 def patches_digest(patches):
-    """SHA-256 of the shape of patches (n, P, P, 3) and of 16 of them, evenly spaced: a second at most.
+    """SHA-256 of the shape of patches (n, P, P, 3) and of 16 of them, evenly spaced: a second at
+    most.
 
     It tells which patches were made together with which expression. It does not find damaged bytes.
     """
@@ -275,7 +284,8 @@ def patches_digest(patches):
 
 
 def read_columns(file, ids, rows=1024):
-    """Some genes of a section's X: float32 (n_spots, G), columns in the order of the gene ids `ids`.
+    """Some genes of a section's X: float32 (n_spots, G), columns in the order of the gene ids
+    `ids`.
 
     file: an open h5ad whose X is CSR. Only X is read, `rows` spots at a time.
     Raises InputError if the section lacks one of the genes.
@@ -285,8 +295,9 @@ def read_columns(file, ids, rows=1024):
     place = pd.Index(anndata.io.read_elem(file["var"]).index).get_indexer(ids)
     if (place < 0).any():
         lacking = ids[place < 0]
-        raise InputError(f"{file.filename} lacks {len(lacking)} genes of the panel, {lacking[0]} first. "
-                         "The panel is another data set's, or the section was made again since")
+        raise InputError(f"{file.filename} lacks {len(lacking)} genes of the panel, {lacking[0]} "
+                         "first. The panel is another data set's, or the section was made again "
+                         "since")
     x = anndata.io.sparse_dataset(file["X"])
     blocks = [x[start:start + rows][:, place].toarray() for start in range(0, x.shape[0], rows)]
     return np.concatenate(blocks).astype(np.float32, copy=False)
@@ -305,6 +316,7 @@ class Run:
         self.folder = save / dataset
         self.checkpoint = self.folder / f"{name}_best.pt"
         self.last = self.folder / f"{name}_last.pt"
+        self.unfinished = self.folder / f"{name}_unfinished.pt"  # the best epoch of a running training
         self.losses = self.folder / f"{name}_losses.csv"
         self.prediction = self.folder / f"{name}_prediction.h5ad"
         self.genes = self.folder / f"{name}_genes.csv"

@@ -7,11 +7,12 @@ import scipy.sparse
 
 
 def log_normalise(adata):
-    """Scale each spot to the section's median count, then log(1 + x): once. Counts are kept in layers["counts"].
+    """Scale each spot to the section's median count, then log(1 + x): once. Counts are kept in
+    layers["counts"].
 
-    Modifies adata: X becomes CSR float32 (n_spots, n_genes), in natural-log units; in memory it shares its indices
-    with the counts, so change neither's sparsity in place. A spot without counts stays zero,
-    and does not lower the median.
+    Modifies adata: X becomes CSR float32 (n_spots, n_genes), in natural-log units; in memory it
+    shares its indices with the counts, so change neither's sparsity in place. A spot without counts
+    stays zero, and does not lower the median.
     """
     counts = adata.layers["counts"] = adata.X
     adata.X = scipy.sparse.csr_matrix((counts.data.astype(np.float32), counts.indices, counts.indptr), counts.shape)
@@ -23,9 +24,11 @@ def log_normalise(adata):
 
 
 def gene_statistics(adata):
-    """Add to adata.var what panels are chosen by: mean, dispersion (scanpy's default, normalised), n_expressed.
+    """Add to adata.var what panels are chosen by: mean, dispersion (scanpy's default, normalised),
+    n_expressed.
 
-    They depend on this section alone, so that any set of sections can choose its panel without reading matrices.
+    They depend on this section alone, so that any set of sections can choose its panel without
+    reading matrices.
     """
     ranking = scanpy.pp.highly_variable_genes(adata, inplace=False)
     adata.var["mean"] = np.asarray(adata.X.mean(axis=0)).ravel()
@@ -36,7 +39,8 @@ def gene_statistics(adata):
 def harmonise(matrices):
     """Harmony over all sections in gene space, as published (Korsunsky et al., Nat Methods 2019).
 
-    matrices: section -> float32 (n_spots, G). Returns the same with corrected values, which may be below zero.
+    matrices: section -> float32 (n_spots, G). Returns the same with corrected values, which may be
+    below zero.
     """
     import harmonypy  # GPL, so loaded only for the protocol that asks for it
 

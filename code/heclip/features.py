@@ -1,9 +1,10 @@
-"""Features of an encoder that stays as it was pretrained: computed once, kept on disk, section by section.
+"""Features of an encoder that stays as it was pretrained, computed once for each section and kept.
 
     GSE/<dataset>/processed/features/<encoder>_<S>px_<key>/<section>.npy     float16 (n_spots, 8, F)
 
-holds what the encoder makes of every patch in each of its 8 symmetries. The key stands for the encoder's weights and
-all that is done to pixels before; <section>.json beside each file says of which patches it was made.
+holds what the encoder makes of every patch in each of its 8 symmetries. The key stands for the
+encoder's weights and for all that is done to pixels before. <section>.json next to it records the
+patches it was made from, and the .npy itself, so that neither is ever used with another's.
 
 Symbols: F features, S side of the encoder's input in pixels.
 """
@@ -18,13 +19,13 @@ from tqdm import tqdm
 
 from .batches import SYMMETRIES, Patches, augment, to_pixels
 from .command import autocast
-from .files import InputError, atomic_path, sha256
+from .files import InputError, atomic_path, locked, sha256
 
 FORMAT = 1
 
 
 def digest(network):
-    """SHA-256 over a network's weights and statistics, names and shapes included, as hexadecimal text."""
+    """SHA-256 of a network's weights and statistics with names and shapes, as hexadecimal text."""
     total = hashlib.sha256()
     for key, value in network.state_dict().items():
         total.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -34,66 +35,114 @@ def digest(network):
 
 def folder(processed, config, weights):
     """Where the features of an encoder with this config and digest of weights are kept."""
-    made_by = {"format": FORMAT, "weights": weights, **{key: getattr(config, key) for key in
-               ("encoder", "encoder_args", "image_size", "mean", "std", "bgr")}}
+    made_by = {"format": FORMAT, "weights": weights}
+    for key in ("encoder", "encoder_args", "image_size", "mean", "std", "bgr"):
+        made_by[key] = getattr(config, key)
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
-    return processed.folder / "features" / f"{safe_model_name(config.encoder)}_{config.image_size}px_{key}"
+    name = f"{safe_model_name(config.encoder)}_{config.image_size}px_{key}"
+    return processed.folder / "features" / name
 
 
 def kept(processed, section, config, weights):
     """The features of a section that are on disk, float16 (n_spots, 8, F) as a memory map, or None.
 
-    None, too, if the section's patches have changed since.
+    None, too, if the section's patches have changed since, or if the file is not the one that its
+    sidecar records. That happens while another process replaces the two, or after it was killed.
     """
     place = folder(processed, config, weights)
+    path = place / f"{section}.npy"
     try:
-        made_of = json.loads((place / f"{section}.json").read_text())
-        features = np.load(place / f"{section}.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # absent, or spoilt: it can be made anew
+        made = json.loads((place / f"{section}.json").read_text())
+        features = np.load(path, mmap_mode="r")  # before the check: what it opens is checked
+        unchanged = (is_as_recorded(path, made["features"])
+                     and is_as_recorded(processed.patches_path(section), made["patches"]))
+    except (OSError, ValueError, EOFError, KeyError, TypeError):  # absent, or damaged
         return None
-    processed.patches(section)  # an error, unless they were made together with the expression
-    # Hashing reads gigabytes that are not needed otherwise (1 GB/s measured): size and time of the file are trusted
-    # where they are the same. Where they are not, as after a copy to another disk, its contents decide.
-    patches = processed.patches_path(section)
-    unchanged = stamp(patches) == [made_of["bytes"], made_of["modified_ns"]] or sha256(patches) == made_of["sha256"]
+    if unchanged:
+        processed.patches(section)  # an error, unless they were made together with the expression
     return features if unchanged else None
+
+
+def record(path):
+    """What `is_as_recorded` needs to know a file again."""
+    size, modified = stamp(path)
+    return {"bytes": size, "modified_ns": modified, "sha256": sha256(path)}
+
+
+def is_as_recorded(path, made):
+    """Whether a file is the one of an earlier `record`.
+
+    Hashing reads gigabytes that are not needed otherwise (1 GB/s measured), so size and time of
+    the file are trusted where they are the same. Where they are not, as after a copy to another
+    disk, its contents decide.
+    """
+    size, modified = stamp(path)
+    if [size, modified] == [made["bytes"], made["modified_ns"]]:
+        return True
+    return size == made["bytes"] and sha256(path) == made["sha256"]
 
 
 def stamp(path):
     """Size and time of a file."""
-    return [path.stat().st_size, path.stat().st_mtime_ns]
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def features_of(processed, section, model, weights, device, batch_size):
+    """The features of a section as `kept` gives them. What is not there is computed and kept.
+
+    model: HECLIP on the device, in evaluation mode. weights: the digest of its encoder.
+    Of several processes that need the same features, one computes them and the others wait.
+    Raises InputError if a feature is not finite in half precision, or if the patches are replaced
+    during the computation.
+    """
+    features = kept(processed, section, model.config, weights)
+    if features is not None:
+        return features
+    path = folder(processed, model.config, weights) / f"{section}.npy"
+    with locked(path):
+        features = kept(processed, section, model.config, weights)  # made while this one waited?
+        if features is None:
+            compute(processed, section, model, path, device, batch_size)
+            features = kept(processed, section, model.config, weights)
+    if features is None:
+        raise InputError(f"{processed.patches_path(section)} was replaced while its features were "
+                         "computed. Run again when preprocessing is done")
+    return features
 
 
 @torch.inference_mode()
-def features_of(processed, section, model, weights, device, batch_size):
-    """The features of a section as `kept` gives them; what is not there is computed and kept.
+def compute(processed, section, model, path, device, batch_size):
+    """Write the features of a section to `path`, and the sidecar that makes them valid.
 
-    model: HECLIP on the device, in evaluation mode. weights: the digest of its encoder.
+    The old sidecar does not fit the new features, so there is no moment at which the two disagree
+    and are used. Raises InputError if a feature is not finite in half precision.
     """
-    if (features := kept(processed, section, model.config, weights)) is not None:
-        return features
-    place, patches = folder(processed, model.config, weights), Patches([processed.patches(section)], device)
+    # First the record, then the patches: if they are replaced in between, the record does not fit
+    # them, and the features are not used. The other way round, they would be used for the new ones.
+    made_from = record(processed.need(processed.patches_path(section)))
+    patches = Patches([processed.patches(section)], device)
     n = len(patches.sections[0])
-    of, sidecar = processed.patches_path(section), place / f"{section}.json"
-    size, modified = stamp(of)
-    made_of = {"bytes": size, "modified_ns": modified, "sha256": sha256(of)}
-    sidecar.unlink(missing_ok=True)  # features are valid by it alone: it goes first and comes last
-    with atomic_path(place / f"{section}.npy") as path, open(path, "wb") as file, \
-            tqdm(total=n, desc=f"features of {section}", unit="patch", leave=False, disable=None) as bar:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False,
-                                                    "shape": (n, len(SYMMETRIES), model.n_features)})
+    header = {"descr": "<f2", "fortran_order": False,
+              "shape": (n, len(SYMMETRIES), model.n_features)}
+    bar = tqdm(total=n, desc=f"features of {section}", unit="patch", leave=False, disable=None)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file, bar:
+        np.lib.format.write_array_header_1_0(file, header)
         for batch in patches.stream(torch.arange(n).split(batch_size)):
             features = torch.empty(len(batch), len(SYMMETRIES), model.n_features)
             for i, turns in enumerate(SYMMETRIES):
                 with autocast(device):
-                    pixels = to_pixels(augment(batch, turns.expand(len(batch), 3)), model.config)
+                    turned = augment(batch, turns.expand(len(batch), 3))
+                    pixels = to_pixels(turned, model.config)
                     features[:, i] = model.encode_features(pixels).float().cpu()
             features = features.half()
             if not features.isfinite().all():
-                raise InputError(f"the features of {section} by {model.config.encoder} are not finite, or too large "
-                                 "for half precision. Take --pixels standardised and the encoder's own weights")
+                raise InputError(
+                    f"the features of {section} by {model.config.encoder} are not finite, or too "
+                    "large for half precision. Take --pixels standardised and the encoder's own "
+                    "weights")
             file.write(features.numpy().tobytes())
             bar.update(len(batch))
-    with atomic_path(sidecar) as path:
-        path.write_text(json.dumps(made_of) + "\n")
-    return kept(processed, section, model.config, weights)
+    with atomic_path(path.with_suffix(".json")) as temporary:
+        made = {"patches": made_from, "features": record(path)}
+        temporary.write_text(json.dumps(made) + "\n")

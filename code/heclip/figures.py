@@ -15,10 +15,10 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from scipy.spatial import cKDTree
 from scipy.stats import spearmanr
 
 from .files import atomic_path
+from .spots import pitch
 
 SPOT_COLOUR = "#009540"  # far from every colour of haematoxylin and eosin
 # Dark is high: on paper the eye finds what is expressed. The palest end would be lost on the slide's white.
@@ -163,8 +163,8 @@ def predicted_maps(prediction, genes, path):
     axes.set_title(f"{view.name} · H&E", loc="left", fontsize=9.5)
     faint = _faint(view.image)
     if view.diameter / (box[1] - box[0]) * map_width * DPI < 4:  # pixels: so small a circle would look paler than it is
-        apart, _ = cKDTree(view.spots).query(view.spots, [min(2, len(view.spots))])
-        view = view._replace(diameter=max(view.diameter, 1.1 * float(np.median(apart))))
+        if len(view.spots) > 1:
+            view = view._replace(diameter=max(view.diameter, 1.1 * pitch(view.spots)))
     for (x, y), (gene, caption) in zip(cells[1:], genes, strict=False):
         values = prediction.obs_vector(gene)
         axes = _axes(figure, x, y, map_width, map_height)

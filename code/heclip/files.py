@@ -1,14 +1,36 @@
-"""Writing files whole or not at all, and the one kind of error that a user can mend."""
+"""Files that appear whole or not at all, locks, and the one kind of error that a user can fix."""
 
+import errno
 import hashlib
 import io
 import os
-from contextlib import contextmanager
+import platform
+import re
+import secrets
+import shutil
+import sys
+import time
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+
+import filelock
+
+LEFTOVER_DAYS = 7  # after these, a temporary file of another machine is taken for abandoned
+# What a network file system answers to a lock or an fsync that it does not have. 524 is Linux's
+# own ENOTSUPP, which it should not show, but does.
+NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, 524}
 
 
 class InputError(Exception):
-    """A fault in what the user gave: names the file, what is wrong with it and the mend. Shown without a traceback."""
+    """A fault in what the user gave.
+
+    The text names the file, what is wrong with it and how to fix it. It is shown without a
+    traceback.
+    """
+
+
+# ------------------------------------------------------------------------- whole or not at all
 
 
 def first_line(error):
@@ -18,20 +40,182 @@ def first_line(error):
 
 @contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if not.
+    """Yield a temporary path next to `path`; make it `path` if the block succeeds, else remove it.
 
-    A run that is killed outright may leave the temporary file `.<name>.part`: no stage reads it, and the
-    next write of the same file replaces it. Parent folders are made.
+    The block writes a file there, or makes a folder. Its contents are on the disk before it gets
+    its name, so that not even a power cut leaves half of it. A file replaces what was there; a
+    folder does not. Parent folders are made. Each call has a temporary path of its own, so any
+    number of processes may write the same file: the last to finish wins.
+
+    Raises OSError if the disk is full, InputError if a folder is in the way.
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        flush(temporary)
+        rename(temporary, path)
+        flush_names(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def temporary_path(path):
+    """A path next to `path` that no other call gets: `.<name>.<machine>-<process>-<random>.part`.
+
+    Nothing is made there but the parent folder. Removes what processes that were killed left
+    under such names of the same `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    remove_leftovers(path)
+    own = f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{own}.part")
+
+
+@cache
+def machine():
+    """Eight characters for this machine, within which a process number means one process.
+
+    Containers may share a machine's name without seeing each other's processes. The system's
+    number for the set of visible processes keeps them apart.
+    """
     try:
-        yield temporary
+        visible = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        visible = ""
+    return hashlib.sha256(f"{platform.node()} {visible}".encode()).hexdigest()[:8]
+
+
+def remove_leftovers(path):
+    """Remove the temporary files of `path` whose writer no longer runs.
+
+    On this machine the process number tells. A file of another machine goes when nothing was
+    written to it for LEFTOVER_DAYS.
+    """
+    name = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{8}}\.part")
+    for other in path.parent.iterdir():
+        if not (found := name.fullmatch(other.name)):
+            continue
+        with suppress(OSError):  # another process removed it first, or may and this one may not
+            if found[1] == machine():
+                abandoned = not runs(int(found[2]))
+            else:
+                abandoned = time.time() - other.stat().st_mtime > LEFTOVER_DAYS * 86400
+            if abandoned:
+                remove(other)
+
+
+def runs(process):
+    """Whether a process of this machine runs. Where the system cannot say, it is taken to run."""
+    if os.name != "posix":  # Windows would end the process that is asked for
+        return True
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def remove(path):
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def rename(temporary, path):
+    try:
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            raise InputError(f"{path} exists. Remove it or choose another name") from None
         raise
+
+
+def flush(path):
+    """Have the system write a file, or a folder with all that is in it, to the disk.
+
+    Raises OSError with the path if the disk is full or fails.
+    """
+    if path.is_dir():
+        for inner in path.iterdir():
+            flush(inner)
+        flush_names(path)
+    else:
+        sync(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+
+
+def flush_names(folder):
+    """Have the system write to the disk which files a folder holds, where the system can do so."""
+    if os.name == "posix":
+        with suppress(PermissionError):  # a folder that one may write to, but not read
+            sync(folder, os.O_RDONLY)
+
+
+def sync(path, flags):
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            # The error of fsync does not name the file.
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------- one at a time
+
+
+@contextmanager
+def locked(path):
+    """Let one process at a time into the block that makes `path`. The others wait and say so.
+
+    Use it where two processes would do the same work, or change the same file in place. Whoever
+    has waited must look again at what is there: it may be made by now. Do not nest it for one path.
+
+    The lock is on the file `.<name>.lock` next to `path`. The file may stay; without a process
+    that holds it, it means nothing, even if its process was killed. A file system that has no
+    locks gets `.<name>.soft.lock`, whose existence is the lock. After a crash, the next process
+    on the same machine removes it. If it is another machine's, remove it by hand.
+
+    Raises OSError if the lock file cannot be made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Everyone may lock the file, which stays empty: a folder may be shared between users.
+    # filelock has a fallback of its own. Before 4.1 it let two processes in.
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), mode=0o666,
+                             fallback_to_soft=False)
+    try:
+        acquire(lock, path)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        lock = filelock.SoftFileLock(path.with_name(f".{path.name}.soft.lock"))
+        acquire(lock, path)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def acquire(lock, path):
+    """Get a lock, and say so if that takes time."""
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"{path}: another process is writing it; waiting (the lock is {lock.lock_file})",
+              file=sys.stderr, flush=True)
+        lock.acquire(poll_interval=0.2)
+
+
+# ------------------------------------------------------------------------- contents
 
 
 def write_h5ad(adata, path):
@@ -49,7 +233,10 @@ def write_h5ad(adata, path):
 
 
 class FileForHDF5(io.FileIO):
-    """A file whose writes never fail, for a library that crashes the process when one does; see `error` afterwards."""
+    """A file whose writes never fail, for a library that crashes the process when one does.
+
+    See `error` afterwards.
+    """
 
     error = None  # the first; nothing is written after it
 

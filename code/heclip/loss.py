@@ -1,7 +1,8 @@
-"""The image-centric contrastive loss, and the losses it is compared with: pure functions of a batch's embeddings.
+"""The image-centric contrastive loss, and the losses it is compared with: pure functions of a
+batch's embeddings.
 
-All take image and expression embeddings, (B, D) each, and the temperature T, and return a scalar, computed in float32
-whatever the embeddings' type.
+All take image and expression embeddings, (B, D) each, and the temperature T, and return a scalar,
+computed in float32 whatever the embeddings' type.
 """
 
 import torch
@@ -12,9 +13,9 @@ def image_centric_loss(image, expression, temperature=1.0):
     """HECLIP's loss: each image finds its expression; images that look alike share their targets.
 
     With unnormalised embeddings I (`image`) and E (`expression`), both (B, D), and temperature T:
-    logits = I Eᵀ / T, targets = softmax over rows of I Iᵀ / T, loss_i = - sum_j targets_ji log softmax(logits_i)_j.
-    As published, the targets are transposed (their rows need not sum to 1) and gradients flow through them.
-    Returns the mean over i.
+    logits = I Eᵀ / T, targets = softmax over rows of I Iᵀ / T, loss_i = - sum_j targets_ji log
+    softmax(logits_i)_j. As published, the targets are transposed (their rows need not sum to 1) and
+    gradients flow through them. Returns the mean over i.
     """
     with torch.autocast(image.device.type, enabled=False):
         image, expression = image.float(), expression.float()
@@ -24,9 +25,12 @@ def image_centric_loss(image, expression, temperature=1.0):
 
 
 def clip_loss(image, expression, temperature):
-    """Each image finds its expression and each expression its image, by cosine (Radford et al., ICML 2021)."""
+    """Each image finds its expression and each expression its image, by cosine (Radford et al.,
+    ICML 2021)."""
     with torch.autocast(image.device.type, enabled=False):
-        logits = F.normalize(image.float(), dim=1) @ F.normalize(expression.float(), dim=1).T / temperature  # (B, B)
+        image = F.normalize(image.float(), dim=1)
+        expression = F.normalize(expression.float(), dim=1)
+        logits = image @ expression.T / temperature  # (B, B)
         own = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
@@ -34,13 +38,14 @@ def clip_loss(image, expression, temperature):
 def bleep_loss(image, expression, temperature=1.0):
     """Both directions, with targets smoothed by how alike the images and the expressions are.
 
-    logits = E Iᵀ / T, targets = softmax over rows of (I Iᵀ + E Eᵀ) / 2 · T; the mean of the cross-entropies of the rows
-    and of the columns (Xie et al., NeurIPS 2023).
+    logits = E Iᵀ / T, targets = softmax over rows of (I Iᵀ + E Eᵀ) / 2 · T; the mean of the
+    cross-entropies of the rows and of the columns (Xie et al., NeurIPS 2023).
     """
     with torch.autocast(image.device.type, enabled=False):
         image, expression = image.float(), expression.float()
         logits = expression @ image.T / temperature  # (B, B)
-        targets = F.softmax((image @ image.T + expression @ expression.T) / 2 * temperature, dim=1)  # (B, B)
+        alike = (image @ image.T + expression @ expression.T) / 2
+        targets = F.softmax(alike * temperature, dim=1)  # (B, B)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets.T)) / 2
 
 
@@ -50,4 +55,5 @@ def regression_loss(predicted, expression, temperature=None):
         return F.mse_loss(predicted.float(), expression.float())
 
 
-LOSSES = {"image_centric": image_centric_loss, "clip": clip_loss, "bleep": bleep_loss, "regression": regression_loss}
+LOSSES = {"image_centric": image_centric_loss, "clip": clip_loss, "bleep": bleep_loss,
+          "regression": regression_loss}

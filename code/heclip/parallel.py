@@ -1,7 +1,7 @@
 """Training on several processes (torchrun): who am I, and the exchange of embeddings.
 
-R ranks, B global batch. Each rank encodes B / R spots; the loss is computed on all B, so that the contrastive batch is
-the global one whatever the number of processes.
+R ranks, B global batch. Each rank encodes B / R spots; the loss is computed on all B, so that the
+contrastive batch is the global one whatever the number of processes.
 """
 
 import os
@@ -34,25 +34,29 @@ def start(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     elif device.type != "cpu":
-        raise InputError(f"torchrun with --device {device.type}: several processes need GPUs or the CPU")
+        raise InputError(f"torchrun with --device {device.type}: several processes need GPUs or "
+                         "the CPU")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), world, device)
 
 
 def distribute(model, device):
-    """Average the gradients of `model` over all ranks, and batch-norm statistics where there are GPUs."""
+    """Average the gradients of `model` over all ranks, and batch-norm statistics where there are
+    GPUs."""
     if not dist.is_initialized():
         return model
     if device.type == "cuda":
         import timm
 
         model = timm.layers.convert_sync_batchnorm(model)  # knows timm's own batch-norm layers
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    own = [device] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=own)
 
 
 class Gather(torch.autograd.Function):
-    """(B / R, D) of each rank -> (B, D), rank by rank; the gradient returns to the rank it belongs to."""
+    """(B / R, D) of each rank -> (B, D), rank by rank; the gradient returns to the rank it belongs
+    to."""
 
     @staticmethod
     def forward(ctx, rows):
@@ -62,8 +66,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        # Every rank computes the loss of the whole batch, so this sums R equal shares; averaging parameter gradients
-        # over ranks then divides by R, and leaves the gradient that one process would have.
+        # Every rank computes the loss of the whole batch, so this sums R equal shares; averaging
+        # parameter gradients over ranks then divides by R, and leaves the gradient that one process
+        # would have.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
@@ -75,7 +80,8 @@ def gather(rows):
 
 
 def gather_interleaved(rows):
-    """All ranks' rows without gradient, put back in the order of which each rank took every R-th: (n, D)."""
+    """All ranks' rows without gradient, put back in the order of which each rank took every R-th:
+    (n, D)."""
     if not dist.is_initialized():
         return rows
     parts = [None] * dist.get_world_size()
@@ -87,7 +93,8 @@ def gather_interleaved(rows):
 
 
 def finish():
-    """Leave the group of processes, all together: one that leaves early can take the others down."""
+    """Leave the group of processes, all together: one that leaves early can take the others
+    down."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

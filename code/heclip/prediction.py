@@ -1,7 +1,8 @@
 """The one way to predict: for sections, slides, evaluation and validation.
 
-`read_reference` and `embed_section` make embeddings with a model. `predict` takes matrices and needs no
-model. Symbols: n patches of the query, N reference spots, G genes, D embedding width, K neighbours.
+`read_reference` and `embed_section` make embeddings with a model. `predict` takes matrices and
+needs no model. Symbols: n patches of the query, N reference spots, G genes, D embedding width, K
+neighbours.
 """
 
 import json
@@ -15,7 +16,8 @@ from .batches import Patches, encode_patches
 from .checkpoint import from_facts, saved_digest
 from .features import features_of, kept
 from .files import InputError, atomic_path, first_line
-from .retrieval import average_expression, centre, retrieve, smooth, spread
+from .retrieval import average_expression, centre, retrieve, spread
+from .spots import smooth
 
 KINDS = {"gene": ("gene",), "image": ("image",), "both": ("gene", "image")}
 
@@ -24,8 +26,8 @@ KINDS = {"gene": ("gene",), "image": ("image",), "both": ("gene", "image")}
 class Reference:
     """The spots that predictions are drawn from, section after section.
 
-    sizes: spots of each of the sections. expression: float32 (N, G). embeddings: "gene" or "image" ->
-    (N, D), the kinds that are needed.
+    sizes: spots of each of the sections. expression: float32 (N, G). embeddings: "gene" or "image"
+    -> (N, D), the kinds that are needed.
     """
 
     sections: list
@@ -54,8 +56,8 @@ class Predicted:
     def certainty(self, reference):
         """Columns of obs that say how far to trust each spot, (n,) each; none for a regression.
 
-        similarity: the mean cosine similarity of the retrieved spots. spread: how much these differ,
-        their standard deviation, mean over genes.
+        similarity: the mean cosine similarity of the retrieved spots. spread: how much these
+        differ, their standard deviation, mean over genes.
         """
         if self.index is None:
             return {}
@@ -67,7 +69,8 @@ def predict(image, xy, reference, how, regression=False):
     """Predict each patch's expression: the mean of its K nearest reference spots, smoothed.
 
     image: image embeddings (n, D). xy: spot centres (n, 2), in any unit. how: see `Predicting`.
-    regression: the embeddings are the predicted expression themselves, (n, G); no reference is used.
+    regression: the embeddings are the predicted expression themselves, (n, G); no reference is
+    used.
     """
     if regression:
         return Predicted(smooth(np.asarray(image), xy, how.smoothing))
@@ -88,13 +91,14 @@ def predict(image, xy, reference, how, regression=False):
     return average(index, similarity, {kind: average(*pair) for kind, pair in found.items()})
 
 
-# ------------------------------------------------------------------------------ embeddings by a model
+# ---------------------------------------------------------------------------- embeddings by a model
 
 
 def embed_section(trained, processed, section, views, device, batch_size):
     """Image embeddings of a section's patches: float32 (n_spots, D). Nothing is random.
 
-    The features of a frozen encoder are read where they are kept, and kept where all views are wanted.
+    The features of a frozen encoder are read where they are kept, and kept where all views are
+    wanted.
     """
     network, patches = trained.network, None
     if trained.frozen and views == 8:
@@ -105,7 +109,8 @@ def embed_section(trained, processed, section, views, device, batch_size):
     if patches is None:
         patches = processed.patches(section)
     every = torch.arange(len(patches))
-    return encode_patches(network, Patches([patches], device), every, batch_size, views).cpu().numpy()
+    patches = Patches([patches], device)
+    return encode_patches(network, patches, every, batch_size, views).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -124,7 +129,8 @@ def embed_sections(trained, processed, expression, views, device, batch_size):
     bar = tqdm(expression.items(), desc="embed", unit="section", leave=False, disable=None)
     for section, values in bar:
         image = embed_section(trained, processed, section, views, device, batch_size)
-        embeddings[section] = {"image": image, "gene": embed_expression(trained.network, values, device)}
+        gene = embed_expression(trained.network, values, device)
+        embeddings[section] = {"image": image, "gene": gene}
     return embeddings
 
 
@@ -134,7 +140,8 @@ def reference_of(sections, expression, embeddings):
     return Reference(
         list(sections), [len(expression[section]) for section in sections],
         np.concatenate([expression[section] for section in sections]),
-        {kind: np.concatenate([embeddings[section][kind] for section in sections]) for kind in kinds})
+        {kind: np.concatenate([embeddings[section][kind] for section in sections])
+         for kind in kinds})
 
 
 # ------------------------------------------------------------------------------- embeddings on disk
@@ -143,12 +150,13 @@ def reference_of(sections, expression, embeddings):
 def save_embeddings(run, trained, processed, embeddings, reference, views):
     """Write each section's embeddings with what they were made by: model, views, sections.
 
-    embeddings: section -> {"image", "gene"}, (n_spots, D) each. reference: the sections to retrieve from.
+    embeddings: section -> {"image", "gene"}, (n_spots, D) each. reference: the sections to retrieve
+    from.
     """
     table = processed.sections()
     for section, by_kind in embeddings.items():
-        about = {"views": views, "section": table.at[section, "digest"], "reference": list(reference),
-                 "trained": trained.facts()}
+        about = {"views": views, "section": table.at[section, "digest"],
+                 "reference": list(reference), "trained": trained.facts()}
         with atomic_path(run.embeddings(section)) as path, open(path, "wb") as file:
             np.savez(file, **by_kind, barcode=processed.barcodes(section), about=json.dumps(about))
 

@@ -4,74 +4,92 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import shlex
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from . import command, expression, figures, slide, sources
 from .dataset import ROOT, Dataset, Processed, patches_digest
-from .files import InputError, atomic_path, sha256, write_h5ad
+from .files import InputError, atomic_path, locked, sha256, temporary_path, write_h5ad
 from .panel import choose_panel, read_panel
+from .spots import array_of, pitch
 
 DRAWING = threading.Lock()  # matplotlib is not made for threads
 FORMAT = 2  # of the processed files; a higher one makes every section anew
 
 
-def preprocess(dataset, argv=None):
-    """Prepare a dataset for main.py: patches, log-normalised expression, gene panels, and a picture to check by eye.
+def preprocess(dataset, argv=None, generate=None):
+    """Prepare a dataset for main.py: patches, expression, gene panels, and a picture to check by eye.
 
-    A section whose raw files and settings are unchanged is not read again. Sections are independent of each other: in
-    other processes, or in other jobs on other machines, they give the same files.
+    A section whose raw files and settings are unchanged is not read again. Sections are independent of
+    each other: in other processes, or in other jobs on other machines, they give the same files.
+    generate: called with the raw folder first, for a dataset that is made and not downloaded.
     """
+    script = Path(sys.argv[0]).stem
+    if script.startswith("preprocess_") and script != f"preprocess_{dataset.name}":
+        raise InputError(
+            f"{script}.py would prepare the dataset {dataset.name!r}, which preprocess_{dataset.name}.py "
+            f"makes. Call it like the script: name={script.removeprefix('preprocess_')!r}")
     flags = argparse.ArgumentParser(description=f"Prepare {dataset.name} for training.",
                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--raw", metavar="DIR", default=dataset.raw,
+    flags.add_argument("--raw", metavar="DIR", default=dataset.raw, type=Path,
                        help="folder of the raw files, as downloaded or as an old checkout arranged them")
     add_flags(flags, dataset.patch_px)
-    prepare(dataset, flags.parse_args(argv))
+    args = flags.parse_args(argv)
+    if generate:
+        generate(args.raw)
+    dataset = replace(dataset, patch_um=args.patch_um, patch_px=args.patch_px)
+    prepare(dataset, args.raw, args.protocol, args.workers, args.section)
 
 
 def add_flags(flags, patch_px):
     """The flags that every preprocess script has."""
     flags.add_argument("--protocol", choices=["strict", "paper"], default="strict",
-                       help="paper: prepare also the published panel and batch correction, over all sections")
+                       help="paper: also prepare the published panel and batch correction, over all "
+                            "sections")
     flags.add_argument("--workers", type=command.positive, default=1,
-                       help="processes to share the sections between; a single one prepares two at a time")
+                       help="processes to share the sections between; a single one prepares two at a "
+                            "time")
     flags.add_argument("--section", nargs="+", metavar="NAME",
-                       help="prepare these sections only, and no panel: for jobs that share the work. When all are "
-                            "done, run once more without this flag")
+                       help="prepare these sections only, and no panel: for jobs that share the work. "
+                            "When all are done, run once more without this flag")
     flags.add_argument("--patch_um", type=command.above_zero, metavar="UM",
-                       help="side of the patches in microns, resampled to --patch_px: for sections of different "
-                            "resolution. Default: --patch_px pixels of the image as they are")
-    flags.add_argument("--patch_px", type=command.positive, default=patch_px, help="side of the patches in pixels")
+                       help="side of the patches in microns, resampled to --patch_px: for sections of "
+                            "different resolution. Default: --patch_px pixels of the image as they are")
+    flags.add_argument("--patch_px", type=command.positive, default=patch_px,
+                       help="side of the patches in pixels")
 
 
-def prepare(dataset, args):
-    """What `preprocess` does, with its flags read."""
-    dataset = replace(dataset, patch_um=args.patch_um, patch_px=args.patch_px)
-    if unknown := set(args.section or ()) - {section.name for section in dataset.sections}:
+def prepare(dataset, raw, protocol="strict", workers=1, only=None):
+    """Write the processed files of a dataset; with `only`, those of some sections, and no panel.
+
+    raw: the folder below which the sections' patterns are looked for; None where they are exact paths.
+    """
+    names = [section.name for section in dataset.sections]
+    if unknown := set(only or ()) - set(names):
         raise InputError(f"--section {min(unknown)}: {dataset.name} has no such section, but "
-                         f"{', '.join(section.name for section in dataset.sections)}")
+                         f"{', '.join(names)}")
     processed = Processed(dataset.name)
-    chosen = [section for section in dataset.sections if args.section is None or section.name in args.section]
-    jobs = [(dataset, section, args.raw, processed) for section in chosen]
-    rows = preprocess_sections(jobs, args.workers)
-    if args.section:
+    check_own(processed, dataset)
+    jobs = [(dataset, section, raw, processed) for section in dataset.sections
+            if only is None or section.name in only]
+    rows = preprocess_sections(jobs, workers)
+    if only:
         return
     table = pd.DataFrame(rows).set_index("section")
     with atomic_path(processed.sections_path) as path:
         table.to_csv(path)
-    if dataset.command:
-        with atomic_path(processed.command_path) as path:
-            path.write_text(dataset.command + "\n")
 
     genes = {section.name: processed.genes(section.name) for section in dataset.sections}
     for panel_type in ("hvg", "heg"):
         write_panel(dataset, processed, genes, panel_type, "strict")
-        if args.protocol == "paper":
+        if protocol == "paper":
             write_panel(dataset, processed, genes, panel_type, "paper")
 
     shown = table[["donor", "role", "n_spots", "n_genes", "mpp", "padded"]]
@@ -81,6 +99,25 @@ def prepare(dataset, args):
     for path in sorted(processed.folder.glob("panel_*.csv")):
         print(f"panel {path.stem.removeprefix('panel_')}: {len(read_panel(path))} genes")
     print(f"Look at {ROOT / 'figure' / 'QC' / dataset.name}: every spot must lie on its tissue.")
+
+
+def check_own(processed, dataset):
+    """Raise InputError if another sample sheet made the processed files; note which sheet makes them."""
+    if dataset.command is None:
+        return
+    path = processed.command_path
+    earlier = path.read_text().strip() if path.exists() else dataset.command
+    if sheet_of(earlier) != sheet_of(dataset.command):
+        raise InputError(f"{processed.folder} was made from {sheet_of(earlier)}, not from "
+                         f"{sheet_of(dataset.command)}. Call this dataset otherwise with --name, or "
+                         "delete that folder")
+    with atomic_path(path) as temporary:
+        temporary.write_text(dataset.command + "\n")
+
+
+def sheet_of(text):
+    """The sample sheet in a command of preprocess_custom.py."""
+    return shlex.split(text)[2]
 
 
 def preprocess_sections(jobs, workers=1):
@@ -100,56 +137,88 @@ def preprocess_sections(jobs, workers=1):
 
 
 def preprocess_section(dataset, section, raw, processed):
-    """One section's patches, expression and picture, unless they are up to date. Returns its row of sections.csv."""
+    """One section's patches, expression and picture, unless they are up to date.
+
+    Of several processes that prepare the same section, one works. The others wait, and then find
+    it up to date. Returns the section's row of sections.csv.
+    Raises InputError if a raw file is missing, damaged or does not fit the others.
+    """
     files = {what: sources.find(raw, getattr(section, what), f"{what} of section {section.name}")
              for what in ("counts", "positions", "image")}
     if dataset.symbols:
         files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
-    section_path = processed.section_path(section.name)
-    patches_path = processed.patches_path(section.name)
-    earlier = None
-    if section_path.exists() and patches_path.exists():
-        earlier = processed.spots(section.name)
+    with locked(processed.section_path(section.name)):
+        return update_section(dataset, section, files, processed)
+
+
+def update_section(dataset, section, files, processed):
+    """What `preprocess_section` does, with its raw files found and no other process at it."""
+    earlier = read_earlier(processed, section.name)
     with ThreadPoolExecutor(1) as thread:
         described = thread.submit(describe, dataset, section, files)
         adata = earlier or read_section(dataset, section, files)
     made_from = described.result()
-    made_again = not earlier or json.loads(earlier.uns["made_from"]) != made_from
-    if made_again:
+    changed = not earlier or json.loads(earlier.uns["made_from"]) != made_from
+    if changed:
         if earlier:
             adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
-        mpp = microns_per_pixel(section, adata, files["positions"], dataset.pitch_um)
-        spot_um = dataset.spot_um * (section.pitch_um or dataset.pitch_um) / dataset.pitch_um
-        # Both files appear at once, so that patches of one version never meet expression of another.
-        with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
-            thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches,
-                                             scratch=processed.folder / f".{section.name}.slide.part")
-            adata.uns["patches_digest"] = patches_digest(np.load(patches, mmap_mode="r"))
-            adata.uns["spatial"] = {section.name: {
-                "images": {"hires": thumbnail},
-                "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
-                "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
-            write_h5ad(adata, h5ad)
-            for panel_type in ("hvg", "heg"):  # these were made from what is replaced now
-                processed.corrected_path(section.name, panel_type).unlink(missing_ok=True)
+        write_section(dataset, section, files, adata, processed)
     picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.jpg"
-    if made_again or not picture.exists():
+    if changed or not picture.exists():
         with DRAWING:
             figures.spots_over_slide(adata, section.name, picture)
-    return {
-        "section": section.name, "donor": section.donor, "role": section.role, "n_spots": adata.n_obs,
-        "n_genes": len(processed.genes(section.name)),
-        "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"],
-        "patch_px": dataset.patch_px, "crop_px": int(adata.uns["crop_px"]),
-        "padded": int(adata.uns["padded"]), "image": files["image"].name,
-        "digest": section_digest(adata.uns["made_from"]),
-        "sha256": " ".join(f"{name}:{digest}" for name, digest in made_from["files"].items())}
+    digests = " ".join(f"{name}:{digest}" for name, digest in made_from["files"].items())
+    return {"section": section.name, "donor": section.donor, "role": section.role,
+            "n_spots": adata.n_obs, "n_genes": len(processed.genes(section.name)),
+            "mpp": adata.uns["spatial"][section.name]["metadata"]["mpp"],
+            "patch_px": dataset.patch_px, "crop_px": int(adata.uns["crop_px"]),
+            "padded": int(adata.uns["padded"]), "image": files["image"].name,
+            "digest": section_digest(adata.uns["made_from"]), "sha256": digests}
+
+
+def read_earlier(processed, section):
+    """The spots of a section as it was made earlier, or None where it must be made again.
+
+    None, too, where patches and expression were not made together, as after a run that was killed
+    between giving the two their names.
+    """
+    if not processed.section_path(section).exists() or not processed.patches_path(section).exists():
+        return None
+    spots = processed.spots(section)
+    try:
+        processed.patches(section)
+    except InputError:
+        return None
+    return spots
 
 
 def section_digest(made_from):
     """A short name for what a section was made from: its raw files and the settings."""
     return hashlib.sha256(made_from.encode()).hexdigest()[:16]
+
+
+def write_section(dataset, section, files, adata, processed):
+    """Write a section's patches and its expression, to which the picture of the slide is added."""
+    mpp = section_mpp(section, adata, files["positions"], dataset.pitch_um)
+    spot_um = dataset.spot_um * (section.pitch_um or dataset.pitch_um) / dataset.pitch_um
+    section_path = processed.section_path(section.name)
+    patches_path = processed.patches_path(section.name)
+    # Both get their names at the very end, one right after the other: the patches of one version
+    # must not meet the expression of another.
+    with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
+        scratch = temporary_path(processed.folder / f"{section.name}.slide")
+        thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches, scratch)
+        adata.uns["patches_digest"] = patches_digest(np.load(patches, mmap_mode="r"))
+        adata.uns["spatial"] = {section.name: {
+            "images": {"hires": thumbnail},
+            "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
+            "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
+        write_h5ad(adata, h5ad)
+        for kind in ("hvg", "heg"):  # corrected from what is replaced now
+            processed.corrected_path(section.name, kind).unlink(missing_ok=True)
+
+
 
 
 def describe(dataset, section, files):
@@ -225,13 +294,19 @@ def write_patches(dataset, image, adata, mpp, path, scratch):
     return thumbnail, scale
 
 
-def microns_per_pixel(section, adata, positions_path, pitch_um=Dataset.pitch_um):
-    """Of a section's image: as stated, or by the distance of neighbouring spots."""
-    x, y = adata.obsm["spatial"].T
+def section_mpp(section, adata, positions_path, pitch_um=Dataset.pitch_um):
+    """Microns per pixel of a section's image: as stated, or from the pitch in microns and in pixels.
+
+    pitch_um: of the dataset; the section's own comes first. adata: obsm["spatial"] in pixels of the
+    image, obs with or without array_row and array_col. Raises InputError if the spots do not tell it.
+    """
+    if section.mpp:
+        return section.mpp
     try:
-        return section.mpp or (section.pitch_um or pitch_um) / sources.spot_pitch(adata.obs.assign(x=x, y=y))
+        return (section.pitch_um or pitch_um) / pitch(adata.obsm["spatial"], array_of(adata.obs))
     except ValueError as error:
-        raise InputError(f"{positions_path}: {error}. Check that this is the section's own position file") from None
+        raise InputError(f"{positions_path}: {error}. Check that this is the section's own position "
+                         "file") from None
 
 
 def write_panel(dataset, processed, genes, kind, protocol):

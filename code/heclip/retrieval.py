@@ -4,7 +4,6 @@ import numpy as np
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from scipy.spatial import cKDTree
 
 FEW = 20  # patches; see `centre`
 
@@ -12,8 +11,8 @@ FEW = 20  # patches; see `centre`
 def retrieve(query, reference, k=50, block=4096):
     """The k reference embeddings most similar to each query embedding, by cosine. Exact.
 
-    query: (n, D), reference: (N, D), float arrays. Returns (index, similarity), both (n, k'), most similar first, with
-    k' = min(k, N). Only block x block similarities are held at a time.
+    query: (n, D), reference: (N, D), float arrays. Returns (index, similarity), both (n, k'), most
+    similar first, with k' = min(k, N). Only block x block similarities are held at a time.
     """
     query = F.normalize(torch.as_tensor(query), dim=1)
     reference = torch.as_tensor(reference)
@@ -30,7 +29,8 @@ def retrieve(query, reference, k=50, block=4096):
             if start == 0:
                 better, found = similarity.topk(min(k, len(columns)), dim=1)
             else:
-                # Only what beats a row's k-th best so far is sorted: after the first blocks, next to nothing.
+                # Only what beats a row's k-th best so far is sorted: after the first blocks, next
+                # to nothing.
                 row, column = (similarity > best[:, -1:]).nonzero(as_tuple=True)  # by rows
                 if not len(row):
                     continue
@@ -47,10 +47,12 @@ def retrieve(query, reference, k=50, block=4096):
 
 
 def centre(query, sections):
-    """Embeddings less their section's mean: what its stain, its scanner or its batch does to all of them alike.
+    """Embeddings less their section's mean: what its stain, its scanner or its batch does to all of
+    them alike.
 
-    query: (n, D), the query's; sections: the reference's, a list of (N_s, D). Returns (n, D) and the list's (N, D).
-    Few patches have a mean of little worth: the reference's counts as much as that of FEW of them.
+    query: (n, D), the query's; sections: the reference's, a list of (N_s, D). Returns (n, D) and
+    the list's (N, D). Few patches have a mean of little worth: the reference's counts as much as
+    that of FEW of them.
     """
     query, sections = torch.as_tensor(query), [torch.as_tensor(rows) for rows in sections]
     expected = torch.cat(sections).mean(dim=0)
@@ -59,7 +61,8 @@ def centre(query, sections):
 
 
 def average_expression(index, expression):
-    """Plain mean of the retrieved spots' expression: index (n, K), expression (N, G) -> float32 (n, G)."""
+    """Plain mean of the retrieved spots' expression: index (n, K), expression (N, G) -> float32 (n,
+    G)."""
     n, k = index.shape
     picked = scipy.sparse.csr_matrix((np.full(n * k, 1 / k, np.float32), index.ravel(), np.arange(0, n * k + 1, k)),
                                      shape=(n, len(expression)))
@@ -67,7 +70,8 @@ def average_expression(index, expression):
 
 
 def spread(index, expression, block=1024):
-    """How much the retrieved spots differ: their standard deviation, mean over genes. (n,), log-normalised units."""
+    """How much the retrieved spots differ: their standard deviation, mean over genes. (n,),
+    log-normalised units."""
     squares = expression**2
     spreads = []
     for rows in np.array_split(index, -(-len(index) // block)):
@@ -76,18 +80,8 @@ def spread(index, expression, block=1024):
     return np.concatenate(spreads)
 
 
-def smooth(prediction, xy, width):
-    """Gaussian average over neighbouring spots. prediction: (n, G); xy: (n, 2); width: in spot pitches, 0 for none."""
-    if width == 0:
-        return prediction
-    tree = cKDTree(xy)
-    pitch = np.median(tree.query(xy, 2)[0][:, 1])
-    near = tree.sparse_distance_matrix(tree, 4.001 * width * pitch, output_type="coo_matrix")  # itself included
-    weight = scipy.sparse.csr_array((np.exp(-(near.data / (width * pitch)) ** 2 / 2), near.coords), near.shape)
-    return (weight @ prediction / weight.sum(axis=1)[:, None]).astype(np.float32)
-
-
 def random_spots(n, n_reference, k, seed):
-    """What retrieval must beat: k different reference spots drawn at random for each query spot. Returns (n, k)."""
+    """What retrieval must beat: k different reference spots drawn at random for each query spot.
+    Returns (n, k)."""
     rng = np.random.default_rng(seed)
     return np.stack([rng.choice(n_reference, min(k, n_reference), replace=False) for _ in range(n)])

@@ -1,9 +1,9 @@
 """Every setting of training and prediction: its meaning, its default, and the recipes.
 
-Each field of `Training` is a flag of main.py. Each field of `Predicting` is a flag of infer.py. A recipe
-is one instance of each: `heclip` is ours, `published` is HECLIP as released, for both of its types, and
-`clip`, `bleep` and `regression` are methods to compare with. LAB.md has the experiments behind the
-numbers. This module imports nothing heavy, so that a wrong flag is answered at once.
+Each field of `Training` is a flag of main.py. Each field of `Predicting` is a flag of infer.py. A
+recipe is one instance of each: `heclip` is ours, `published` is HECLIP as released, for both of its
+types, and `clip`, `bleep` and `regression` are methods to compare with. LAB.md has the experiments
+behind the numbers. This module imports nothing heavy, so that a wrong flag is answered at once.
 """
 
 import argparse
@@ -15,6 +15,8 @@ from .files import InputError
 
 HELP = argparse.ArgumentDefaultsHelpFormatter
 SWITCH = argparse.BooleanOptionalAction
+# Fields of Training that do not change what is learned.
+WHERE_IT_RUNS = ("device", "compile", "resume", "overwrite", "save_path")
 
 
 def flag(default, help, **options):
@@ -42,10 +44,12 @@ class Training:
         None, "hold out these sections; default: those with the role query. The others are the "
         "reference, and choose the panel", nargs="+", metavar="SECTION")
     protocol: str = flag(
-        "strict", "strict: the query section chooses and corrects nothing; paper: panel and Harmony "
-        "over all sections, as published (preprocess with it too)", choices=["strict", "paper"])
+        "strict", "strict: the query section chooses and corrects nothing; paper: panel and "
+                  "Harmony over all sections, as published (preprocess with it "
+                  "too)", choices=["strict", "paper"])
 
-    # The recipe. The gains are Pearson over all genes of MOB2 and MOB4, each predicted from the other.
+    # The recipe. The gains are Pearson over all genes of MOB2 and MOB4, each predicted from the
+    # other.
     recipe: str = flag(
         "heclip", "sets the loss and the flags from --temperature to --wd",
         choices=["heclip", "published", "clip", "bleep", "regression"])
@@ -81,7 +85,8 @@ class Training:
     max_epochs: int = flag(15, "passes over the training spots", type=command.positive)
     batch_size: int = flag(128, "patches per step, over all processes", type=command.positive)
     val_fraction: float = flag(
-        0.2, "share of the reference spots kept for validation; 0: train on all, keep the last epoch",
+        0.2, "share of the reference spots kept for validation; 0: train on all, keep the last "
+             "epoch",
         type=command.fraction)
     seed: int = flag(42, "same seed, same result", type=command.seed)
 
@@ -119,14 +124,14 @@ class Training:
     def __post_init__(self):
         if self.freeze and self.colour_jitter:
             raise InputError(
-                f"--colour_jitter {self.colour_jitter} with --freeze: features are computed once, of "
-                "the colours as they are. Leave one of them out")
+                f"--colour_jitter {self.colour_jitter} with --freeze: features are computed once, "
+                "of the colours as they are. Leave one of them out")
         if self.freeze and not self.pretrained:
             raise InputError("--freeze with --no-pretrained: nothing would ever train the encoder. "
                              "Leave one of them out")
         if self.encoder_weights and not self.pretrained:
-            raise InputError("--encoder_weights with --no-pretrained: one asks for weights, the other "
-                             "for none. Leave one of them out")
+            raise InputError("--encoder_weights with --no-pretrained: one asks for weights, the "
+                             "other for none. Leave one of them out")
 
     @property
     def panel_type(self):
@@ -140,7 +145,7 @@ class Training:
 
     def differences(self, earlier, also_free=()):
         """In words, the settings that change what is learned and differ from those of `earlier`."""
-        free = {"device", "compile", "resume", "overwrite", "save_path", *also_free}
+        free = {*WHERE_IT_RUNS, *also_free}
         return [f"--{name} was {getattr(earlier, name)}, is {value}"
                 for name, value in vars(self).items()
                 if name not in free and value != getattr(earlier, name)]
@@ -179,7 +184,8 @@ TRAINING = {
     "published": replace(WITHOUT_AUXILIARIES, recipe="published", temperature=1.0, pixels="raw_bgr",
                          colour_jitter=0.0, schedule="constant"),
     # Radford et al., ICML 2021: cosine similarity, both directions, a temperature that is learned.
-    "clip": replace(WITHOUT_AUXILIARIES, recipe="clip", loss="clip", temperature=0.1, encoder_lr=1e-4),
+    "clip": replace(WITHOUT_AUXILIARIES, recipe="clip", loss="clip", temperature=0.1,
+                    encoder_lr=1e-4),
     # Xie et al. (BLEEP), NeurIPS 2023: both directions, targets smoothed by both similarities.
     "bleep": replace(WITHOUT_AUXILIARIES, recipe="bleep", loss="bleep", temperature=1.0),
     # The idea of He et al. (ST-Net), Nat Biomed Eng 4 (2020): the encoder is fine-tuned to predict
@@ -197,8 +203,8 @@ PREDICTING = {
     "regression": AS_PUBLISHED,  # its views and smoothing; nothing is retrieved
 }
 
-# What --freeze changes in every recipe. Epochs take a moment each, colours cannot vary, and a second
-# loss would have no encoder to teach.
+# What --freeze changes in every recipe. Epochs take a moment each, colours cannot vary, and a
+# second loss would have no encoder to teach.
 FROZEN = {"colour_jitter": 0.0, "mixup": 0.0, "expression_loss": 0.0, "max_epochs": 40}
 
 
@@ -210,11 +216,15 @@ def recipe_settings(name, freeze=False):
 # -------------------------------------------------------------------------------------------- flags
 
 
-def add_flags(parser, defaults):
-    """Add a flag for each field of `defaults`, settings whose values are shown as the defaults."""
+def add_flags(parser, defaults, names=None):
+    """Add a flag for each field of `defaults`, settings whose values are shown as the defaults.
+
+    names: of the fields; None: all that are flags.
+    """
     for item in fields(defaults):
-        if item.metadata:
-            parser.add_argument(f"--{item.name}", default=getattr(defaults, item.name), **item.metadata)
+        if item.metadata and (names is None or item.name in names):
+            default = getattr(defaults, item.name)
+            parser.add_argument(f"--{item.name}", default=default, **item.metadata)
 
 
 def parse_training(argv=None):
@@ -229,8 +239,8 @@ def parse_training(argv=None):
     if given["query"]:
         given["query"] = tuple(given["query"])
     if recipe.loss == "regression" and given["temperature"] != recipe.temperature:
-        raise InputError(f"--temperature {given['temperature']} with --recipe regression: a squared "
-                         "error has no temperature. Leave one of them out")
+        raise InputError(f"--temperature {given['temperature']} with --recipe regression: a "
+                         "squared error has no temperature. Leave one of them out")
     return Training(**given)
 
 

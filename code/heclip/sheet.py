@@ -21,6 +21,7 @@ import pandas as pd
 from . import preprocess, slide, sources
 from .dataset import ROOT, Section
 from .files import InputError, first_line
+from .spots import array_of
 
 NEEDED = ["section", "counts", "donor", "role"]
 KNOWN = [*NEEDED, "image", "positions", "mpp", "pitch", "scale", "bin"]
@@ -429,11 +430,11 @@ def inspect(section, settings, problems, notes):
                 raise InputError(f"no spot of {section.counts} has {least} counts or more (--min_counts); the fullest "
                                  f"has {total.max()}")
         with collecting(problems, name):
-            mpp = facts["mpp"] = preprocess.microns_per_pixel(section, adata, section.positions)
+            mpp = facts["mpp"] = preprocess.section_mpp(section, adata, section.positions)
             crop_px = preprocess.crop_size(settings, mpp, stored, adata)
             facts["patch µm"] = crop_px * mpp
-            if section.mpp and "array_row" in adata.obs:
-                by_pitch = preprocess.microns_per_pixel(replace(section, mpp=None), adata, section.positions)
+            if section.mpp and array_of(adata.obs) is not None:
+                by_pitch = preprocess.section_mpp(replace(section, mpp=None), adata, section.positions)
                 if abs(by_pitch / mpp - 1) > 0.1:
                     notes.append(f"{name}: mpp is {mpp:.4g} as stated, but {by_pitch:.4g} if neighbouring spots are "
                                  f"{section.pitch_um or 100:.4g} µm apart (column pitch)")

@@ -18,7 +18,6 @@ import pandas as pd
 import scipy.io
 import scipy.sparse
 from isal import igzip, isal_zlib  # gzip, at two to three times its speed
-from scipy.spatial import cKDTree
 
 from .dataset import first_line
 from .files import InputError
@@ -398,43 +397,6 @@ def positions(path, kind, barcode, in_tissue, array_row, array_col, x, y):
         {name: np.int64 for name in ("array_row", "array_col") if name in table})
     table.attrs["kind"] = kind
     return table
-
-
-def spot_pitch(spots):
-    """Distance of neighbouring spots in pixels: by the lattice where array_row and array_col are known, else measured.
-
-    Measured: the mean over pairs that are at most 1.2 times as far apart as nearest neighbours are in the median.
-    Raises ValueError if the spots do not tell it.
-    """
-    if "array_row" in spots:
-        return lattice_pitch(spots)
-    xy = spots[["x", "y"]].to_numpy()
-    distances = cKDTree(xy).query(xy, k=min(7, len(xy)))[0][:, 1:] if len(xy) > 1 else np.zeros((1, 1))
-    nearest = np.median(distances[:, 0])
-    if nearest == 0:
-        raise ValueError("the spots are too few, or lie on each other, to tell their pitch")
-    return float(distances[distances <= 1.2 * nearest].mean())
-
-
-def lattice_pitch(spots):
-    """Distance of neighbouring spots in pixels, from a least-squares fit of the lattice.
-
-    spots: array_row, array_col, x, y. On a staggered lattice (array_row + array_col is always even: Visium, later
-    Spatial Transcriptomics arrays) neighbours lie two steps along a row or column, or diagonally; else one step
-    along. The mean over the directions in which they are nearest, to 10 %.
-    Raises ValueError if the spots lie on a line.
-    """
-    lattice = np.column_stack([spots["array_row"], spots["array_col"], np.ones(len(spots))])
-    (row, col, _), _, rank, _ = np.linalg.lstsq(lattice, spots[["x", "y"]].to_numpy(), rcond=None)
-    if rank < 3:
-        raise ValueError("the spots lie on a line, or are too few, to tell their pitch")
-    along_row, along_col = np.linalg.norm(col), np.linalg.norm(row)
-    if ((spots["array_row"] + spots["array_col"]) % 2 == 0).all():
-        diagonal = (np.linalg.norm(row + col) + np.linalg.norm(row - col)) / 2
-        distances = np.array([2 * along_row, 2 * along_col, diagonal])
-    else:
-        distances = np.array([along_row, along_col])
-    return float(distances[distances < 1.1 * distances.min()].mean())
 
 
 def join(counts, spots, counts_path, positions_path):

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import scipy.ndimage
 import tifffile
 import torch
@@ -381,19 +380,6 @@ def keep_parts(mask, least, texture=None, rough=0):
 
 
 # ---------------------------------------------------------------------------------------------- spots
-
-
-def lattice(width, height, pitch):
-    """Visium's staggered lattice over width x height pixels, neighbours `pitch` pixels apart in all six directions.
-
-    Returns a DataFrame by name `<row>x<column>`: array_row, array_col (their sum is even), x, y.
-    """
-    n_rows, n_columns = math.ceil(height / (pitch * math.sqrt(3) / 2)), math.ceil(width / pitch)
-    row, column = np.divmod(np.arange(n_rows * n_columns), n_columns)
-    spots = pd.DataFrame({"array_row": row, "array_col": 2 * column + row % 2,
-                          "x": (column + (1 + row % 2) / 2) * pitch, "y": (row + 0.5) * pitch * math.sqrt(3) / 2})
-    spots = spots[(spots["x"] < width) & (spots["y"] < height)]
-    return spots.set_index(spots["array_row"].astype(str) + "x" + spots["array_col"].astype(str)).rename_axis("barcode")
 
 
 def share_on_tissue(spots, tissue, scale, diameter):
