@@ -127,6 +127,5 @@ def test_what_shifts_all_of_a_section_changes_nothing_that_is_retrieved():
     index_moved, similarity_moved = retrieve(*centre(query + mean, moved), 10)
     np.testing.assert_array_equal(index_moved, index)
     np.testing.assert_allclose(similarity_moved, similarity, atol=1e-6)
-<<<<<<< HEAD
     without_centring, _ = retrieve(query + mean, np.concatenate(moved), 10)
     assert (without_centring != index).mean() > 0.5
