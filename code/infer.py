@@ -25,6 +25,7 @@ OF_A_SLIDE = ("mpp", "pitch", "positions", "spatialdata", "name")
 
 def parse(argv=None):
     flags = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Predict the query section's expression from its image, and score it.")
     model = flags.add_argument_group("the model")
     model.add_argument("--dataset", help=f"its dataset (default: {MODEL['dataset']})")

@@ -98,6 +98,7 @@ def fit(settings, run, ranks):
     # Data: the reference sections' spots. Those of one section, as a rule, are kept for validation.
     processed = Processed(settings.dataset)
     reference, _ = processed.roles(settings.query)
+    processed.check_made_from(reference)
     table = processed.sections().loc[reference]
     panel = processed.panel(settings.panel_type, settings.protocol, reference)
     spots = Spots(processed, reference, panel, device)

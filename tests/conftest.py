@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# Threads that spin while they wait slow a busy machine tenfold. The tests run side by side, and sums
-# in one order are equal to the last bit.
+# Threads that spin while they wait slow a busy machine tenfold. The tests run side by side, and
+# sums in one order are equal to the last bit.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["OMP_NUM_THREADS"] = "1"
 # Before heclip is imported, which reads it once.
@@ -28,7 +28,7 @@ def project():
 
 @pytest.fixture
 def real_data():
-    """A function that gives the folder of a real data set; where it is absent, the test is skipped."""
+    """A function that gives the folder of a real data set, or skips the test if it is absent."""
     def folder(name):
         if not (SHARED / name).is_dir():
             pytest.skip(f"the real data set {name} is not here ({SHARED / name})")

@@ -80,6 +80,9 @@ def untrained(path, dataset, kind="heg", seed=0, protocol="strict", recipe="hecl
 
 
 def hashes(folder):
-    """The SHA-256 of every file below a folder, by its relative path."""
-    return {str(path.relative_to(folder)): sha256(path)
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    """The SHA-256 of every file below a folder, by its relative path.
+
+    Locks are left out: they hold nothing, and may stay or not.
+    """
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.suffix != ".lock"}

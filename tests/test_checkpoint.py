@@ -225,7 +225,8 @@ def processed(dataset="demo", **changes):
     rows = {name: columns | {"digest": name.lower() * 4} | changes.get(name, {}) for name in "ABC"}
     rows = {name: row for name, row in rows.items() if not row.pop("absent", False)}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("section")
-    return SimpleNamespace(dataset=dataset, sections=lambda: table, sections_path="sections.csv")
+    return SimpleNamespace(dataset=dataset, sections=lambda: table, sections_path="sections.csv",
+                           check_made_from=lambda sections: None)
 
 
 def test_a_model_may_predict_what_it_has_not_seen(saved):

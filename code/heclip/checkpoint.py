@@ -101,6 +101,8 @@ class Trained:
                 f"and {', '.join(changed)} was made again since, of other files or settings: "
                 f"patches of {first['crop_px'] * first['mpp']:.0f} µm in {first['patch_px']} px. "
                 "Preprocess as before, or train again")
+        of_query = [query] if query in table.index else []
+        processed.check_made_from([*self.reference, *of_query])
         if query is not None and width_um is None:
             width_um = table.at[query, "crop_px"] * table.at[query, "mpp"]
         if width_um is not None and abs(width_um / self.patch_um - 1) > SAME_WIDTH:

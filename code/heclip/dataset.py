@@ -178,6 +178,20 @@ class Processed:
             raise InputError(f"--query {' '.join(query)}: no section is left to learn from")
         return reference, list(query)
 
+    def check_made_from(self, sections):
+        """Raise InputError if a section was preprocessed since the section table was written.
+
+        `--section` of the preprocess scripts does that: the table would say what no longer holds.
+        """
+        table = self.sections()
+        for section in sections:
+            with self.opened(section) as file:
+                made_from = file["uns/made_from"][()].decode()
+            if section_digest(made_from) != table.at[section, "digest"]:
+                raise InputError(f"{self.section_path(section)} was preprocessed in another way "
+                                 f"since {self.sections_path} was written. Run {self.command} for "
+                                 "all sections, without --section")
+
     def read(self, section):
         """One section as AnnData, spots x all genes: X log-normalised (CSR float32),
         layers["counts"]."""
@@ -269,6 +283,11 @@ class Processed:
             return np.load(path)
         with self.opened(section) as file:
             return read_columns(file, panel.ids)
+
+
+def section_digest(made_from):
+    """A short name for what a section was made from: its raw files and the settings."""
+    return hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
 
 def patches_digest(patches):

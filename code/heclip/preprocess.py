@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from . import command, expression, figures, slide, sources
-from .dataset import ROOT, Dataset, Processed, patches_digest
+from .dataset import ROOT, Dataset, Processed, patches_digest, section_digest
 from .files import InputError, atomic_path, locked, sha256, temporary_path, write_h5ad
 from .panel import choose_panel, read_panel
 from .spots import array_of, pitch
@@ -191,11 +191,6 @@ def read_earlier(processed, section):
     except InputError:
         return None
     return spots
-
-
-def section_digest(made_from):
-    """A short name for what a section was made from: its raw files and the settings."""
-    return hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
 
 def write_section(dataset, section, files, adata, processed):

@@ -230,7 +230,8 @@ def add_flags(parser, defaults, names=None):
 def parse_training(argv=None):
     """The command line of main.py as Training. A flag overrides its recipe wherever it stands."""
     parser = argparse.ArgumentParser(
-        description="Train HECLIP on the reference sections of a dataset.", formatter_class=HELP)
+        description="Train HECLIP on the reference sections of a dataset.", formatter_class=HELP,
+        allow_abbrev=False)
     add_flags(parser, Training())
     asked = parser.parse_known_args(argv)[0]
     recipe = recipe_settings(asked.recipe, asked.freeze)
