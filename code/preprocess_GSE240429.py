@@ -6,7 +6,7 @@ all 4,992 spots of the array: those under tissue are kept.
 
 from heclip.command import run
 from heclip.dataset import Dataset, Section
-from heclip.preprocess import preprocess
+from heclip.script import preprocess
 
 DATASET = Dataset(
     name="GSE240429",

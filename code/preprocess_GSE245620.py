@@ -6,7 +6,7 @@ spots of the array, glass included: those under tissue are kept.
 
 from heclip.command import run
 from heclip.dataset import Dataset, Section
-from heclip.preprocess import preprocess
+from heclip.script import preprocess
 
 DATASET = Dataset(
     name="GSE245620",

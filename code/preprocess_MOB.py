@@ -5,7 +5,7 @@ Source: github.com/jbergenstrahle/STUtility, commit 9a8f421, inst/extdata (MIT).
 
 from heclip.command import run
 from heclip.dataset import Dataset, Section
-from heclip.preprocess import preprocess
+from heclip.script import preprocess
 
 DATASET = Dataset(
     name="MOB",

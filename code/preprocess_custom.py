@@ -5,31 +5,46 @@
 """
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
-from heclip import command, preprocess, sheet
+from heclip import command
 from heclip.dataset import Dataset, has_script
 from heclip.files import InputError
+from heclip.script import add_flags
 
 
-def parse(argv):
-    flags = argparse.ArgumentParser(description="Prepare the sections of a sample sheet for training.",
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("sheet", help="CSV with the columns section, counts, donor, role, and image, positions, mpp, "
-                                     "pitch, scale, bin where they apply; paths are relative to it")
+def parse(argv=None):
+    flags = argparse.ArgumentParser(
+        description="Prepare the sections of a sample sheet for training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("sheet", help="CSV with the columns section, counts, donor, role, and image, "
+                                     "positions, mpp, pitch, scale, bin where they apply; paths are "
+                                     "relative to it")
     flags.add_argument("--name", help="of the dataset; default: the sheet's")
     flags.add_argument("--check", action="store_true",
-                       help="read everything, show what was found and all that is wrong, and write nothing")
-    flags.add_argument("--n_hvg", type=command.positive, default=1000, help="variable genes that each section adds")
-    flags.add_argument("--n_heg", type=command.positive, default=3200, help="expressed genes that each section adds")
-    flags.add_argument("--markers", nargs="+", default=(), metavar="SYMBOL", help="genes to score and map by name")
+                       help="read everything, show what was found and all that is wrong, and write "
+                            "nothing")
+    flags.add_argument("--n_hvg", type=command.positive, default=1000,
+                       help="variable genes that each section adds")
+    flags.add_argument("--n_heg", type=command.positive, default=3200,
+                       help="expressed genes that each section adds")
+    flags.add_argument("--markers", nargs="+", default=(), metavar="SYMBOL",
+                       help="genes to score and map by name")
     flags.add_argument("--symbols", type=Path, default=(), metavar="FILE",
                        help="table with the columns gene_id and gene_name, for counts without symbols")
-    flags.add_argument("--min_counts", type=int, default=0, help="drop spots with fewer counts in all")
-    preprocess.add_flags(flags, Dataset.patch_px)
+    flags.add_argument("--min_counts", type=int, default=0,
+                       help="drop spots with fewer counts in all")
+    add_flags(flags, Dataset.patch_px)
     return flags.parse_args(argv)
+
+
+if __name__ == "__main__":
+    command.run(parse)  # a wrong flag is answered here: the imports below take seconds
+
+import shlex
+import sys
+
+from heclip import preprocess, sheet
 
 
 def main(argv=None):
@@ -38,46 +53,54 @@ def main(argv=None):
     path = Path(args.sheet)
     name = args.name or path.stem
     if has_script(name) or not name or name[0] == "." or set(name) & set("/\\"):
-        raise InputError(f"a dataset cannot be called {name!r}: it is another dataset's name, or no folder's. Choose "
-                         "one with --name")
+        raise InputError(f"a dataset cannot be called {name!r}: it is another dataset's name, or no "
+                         "folder's. Choose one with --name")
 
     sections, problems, ignored = sheet.read_sheet(path)
-    sections, renamed = sheet.share_genes(sections, [] if args.check else problems)  # checking reads them once more
+    unshared = [] if args.check else problems  # --check reads the genes again, and reports then
+    sections, renamed = sheet.share_genes(sections, unshared)
     if args.check:
-        check(args, sections, problems, ignored, renamed)
+        notes = [f"genes: {line}" for line in renamed]
+        if ignored:
+            notes.append(f"columns not used: {', '.join(ignored)}")
+        cut = sheet.Cut(args.patch_px, args.patch_um, args.min_counts)
+        check(path, sections, cut, problems, notes)
     elif problems:
-        more = f". And {len(problems) - 1} more: --check lists them all" if len(problems) > 1 else ""
+        more = ""
+        if len(problems) > 1:
+            more = f". And {len(problems) - 1} more: --check lists them all"
         raise InputError(f"{path}, {problems[0]}{more}")
     else:
         for line in renamed:
             print(f"genes: {line}")
-        again = shlex.join(["python", "code/preprocess_custom.py", *with_full_paths(args, argv)])
+        words = [args.sheet, *(word for word in argv if word != args.sheet)]  # the sheet first
+        paths = (args.sheet, str(args.symbols))
+        full = [str(Path(word).resolve()) if word in paths else word for word in words]
+        again = shlex.join(["python", "code/preprocess_custom.py", *full])
         dataset = Dataset(name, sections, args.n_hvg, args.n_heg, markers=tuple(args.markers),
                           symbols=args.symbols, min_counts=args.min_counts, command=again,
                           patch_um=args.patch_um, patch_px=args.patch_px)
         preprocess.prepare(dataset, None, args.protocol, args.workers, args.section)
 
 
-def with_full_paths(args, argv):
-    """The words of a command line that does the same from any folder; the sheet comes first."""
-    paths = {args.sheet, str(args.symbols)}
-    words = [args.sheet, *(word for word in argv if word != args.sheet)]
-    return [str(Path(word).resolve()) if word in paths else word for word in words]
+def check(path, sections, cut, problems, notes):
+    """Print what was found in a sheet's sections, and all that is wrong; an error if anything is.
 
+    cut: a sheet.Cut. problems, notes: lines to print, of which more are found.
+    """
+    table, found = sheet.check(sections, cut, problems)
 
-def check(args, sections, problems, ignored, renamed):
-    """Print what was found in a sheet's sections, and all that is wrong; an error if anything is."""
-    table, notes = sheet.check(sections, args, problems)
-    print(table.to_string(float_format=lambda value: f"{value:.0f}" if value >= 1000 else f"{value:.4g}", na_rep="?"))
-    if ignored:
-        notes.append(f"columns not used: {', '.join(ignored)}")
-    for line in [*(f"genes: {line}" for line in renamed), *notes]:
+    def shown(value):
+        return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+    print(table.to_string(float_format=shown, na_rep="?"))
+    for line in [*notes, *found]:
         print(f"- {line}")
     if problems:
         print()
         for number, problem in enumerate(problems, 1):
             print(f"{number}. {problem}")
-        raise InputError(f"{args.sheet}: {len(problems)} to mend, listed above. Nothing was written")
+        raise InputError(f"{path}: {len(problems)} to fix, listed above. Nothing was written")
     print("All is well. Next: the same command without --check")
 
 

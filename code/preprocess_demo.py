@@ -30,7 +30,7 @@ from scipy.sparse import csc_array
 from heclip.command import run
 from heclip.dataset import Dataset, Section
 from heclip.files import atomic_path
-from heclip.preprocess import preprocess
+from heclip.script import preprocess
 
 PITCH = 82  # px between neighbouring spots, 100 µm: a patch of 64 px shows 78 µm, as 256 px of GSE240429 do
 N_MARKERS = 8  # per region and named after it: PORTAL1 ... PORTAL8

@@ -5,7 +5,7 @@ Source: LieberInstitute/HumanPilot; Maynard et al., Nat Neurosci 24 (2021). See 
 
 from heclip.command import run
 from heclip.dataset import Dataset, Section
-from heclip.preprocess import preprocess
+from heclip.script import preprocess
 
 DATASET = Dataset(
     name="spatialLIBD_1",

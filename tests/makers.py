@@ -18,7 +18,7 @@ from heclip.dataset import ROOT, Processed
 from heclip.files import sha256
 from heclip.model import HECLIP, configure
 from heclip.panel import Panel
-from heclip.preprocess import preprocess
+from heclip.script import preprocess
 from heclip.settings import recipe_settings
 
 GRID, GENES = (14, 12), 150

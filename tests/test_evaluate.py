@@ -24,7 +24,7 @@ from heclip.dataset import Processed
 from heclip.files import InputError, sha256
 from heclip.metrics import bootstrap, pearson_per_gene, score, score_further
 from heclip.panel import choose_panel
-from heclip.preprocess import preprocess
+from heclip.script import preprocess
 
 A, B, C = "DEMO_A1", "DEMO_B1", "DEMO_C1"
 TRAINED = ["HECLIP", "published heg"]

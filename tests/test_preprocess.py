@@ -26,7 +26,7 @@ from heclip import command, expression, figures, preprocess as preprocess_module
 from heclip.dataset import Dataset, Processed, Section
 from heclip.files import InputError, sha256
 from heclip.panel import Panel
-from heclip.preprocess import preprocess
+from heclip.script import preprocess
 
 # ------------------------------------------------------- a tiny data set, arranged as published
 
@@ -761,7 +761,7 @@ def script(root, raw, before, flags=()):
     """Run preprocess as a script in a process of its own, with `before` run first in it."""
     argv = ["--raw", str(raw), *flags]
     code = "\n".join([
-        "from heclip.command import run", "from heclip.preprocess import preprocess",
+        "from heclip.command import run", "from heclip.script import preprocess",
         "from test_preprocess import dataset", before,
         f"run(lambda: preprocess(dataset(), {argv}))"])
     tests = Path(__file__).parent

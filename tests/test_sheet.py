@@ -549,7 +549,7 @@ def test_check_finds_everything_that_is_wrong_at_once_and_writes_nothing(root, t
     path = write_sheet(tmp_path, {"A1": good} | {name: good | cells for name, cells in bad.items()})
     path.write_text(path.read_text() + "A1,D,reference\n")
     before = snapshot(tmp_path)
-    with pytest.raises(InputError, match=r"to mend, listed above\. Nothing was written"):
+    with pytest.raises(InputError, match=r"to fix, listed above\. Nothing was written"):
         run(path, "--check")
     assert snapshot(tmp_path) == before
     lines = [line for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()

@@ -13,6 +13,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata
 import numpy as np
@@ -354,15 +355,23 @@ def shared(many):
 # ---------------------------------------------------------------------------------------------- --check
 
 
-def check(sections, settings, problems):
+class Cut(NamedTuple):
+    """The settings of a Dataset that say how patches are cut and which spots are kept."""
+
+    patch_px: int
+    patch_um: float | None
+    min_counts: int
+
+
+def check(sections, cut, problems):
     """Read all that preprocessing reads, and write nothing.
 
-    settings: has patch_px, patch_um and min_counts, as a Dataset. problems: a list that what is wrong is added to.
+    cut: a Cut. problems: a list that what is wrong is added to.
     Returns (DataFrame of what was found, a line a section; notes).
     """
     rows, genes, notes = [], {}, []
     for section in sections:
-        facts, ids = inspect(section, settings, problems, notes)
+        facts, ids = inspect(section, cut, problems, notes)
         rows.append(facts)
         if ids is not None:
             genes[section.name] = ids
@@ -374,10 +383,10 @@ def check(sections, settings, problems):
     elif genes:
         notes.append(f"{len(common):,} genes are in every section")
     widths = table["patch µm"].dropna()
-    if settings.patch_um is None and len(widths) and widths.max() > 1.2 * widths.min():
+    if cut.patch_um is None and len(widths) and widths.max() > 1.2 * widths.min():
         notes.append(f"a patch shows {widths.min():.0f} µm of {widths.idxmin()} and {widths.max():.0f} µm of "
                      f"{widths.idxmax()}: --patch_um {widths.min():.0f} would make them alike")
-    size = table["spots"].sum() * settings.patch_px**2 * 3 / 1e9
+    size = table["spots"].sum() * cut.patch_px**2 * 3 / 1e9
     free = shutil.disk_usage(ROOT if ROOT.exists() else Path()).free / 1e9
     notes.append(f"the patches will take {size:,.2f} GB")
     if size > free:
@@ -386,7 +395,7 @@ def check(sections, settings, problems):
     return table, notes
 
 
-def inspect(section, settings, problems, notes):
+def inspect(section, cut, problems, notes):
     """One section's line of the table that `check` returns, and its gene ids."""
     name = section.name
     facts = {"section": name, "donor": section.donor, "role": section.role, "spots": np.nan, "genes": np.nan,
@@ -424,14 +433,14 @@ def inspect(section, settings, problems, notes):
     if adata is not None:
         with collecting(problems, name):
             total = np.asarray(adata.X.sum(axis=1)).ravel()
-            least = max(1, settings.min_counts)
-            facts["spots"], facts["median counts"] = (total >= settings.min_counts).sum(), round(np.median(total))
+            least = max(1, cut.min_counts)
+            facts["spots"], facts["median counts"] = (total >= cut.min_counts).sum(), round(np.median(total))
             if total.max() < least:
                 raise InputError(f"no spot of {section.counts} has {least} counts or more (--min_counts); the fullest "
                                  f"has {total.max()}")
         with collecting(problems, name):
             mpp = facts["mpp"] = preprocess.section_mpp(section, adata, section.positions)
-            crop_px = preprocess.crop_size(settings, mpp, stored, adata)
+            crop_px = preprocess.crop_size(cut, mpp, stored, adata)
             facts["patch µm"] = crop_px * mpp
             if section.mpp and array_of(adata.obs) is not None:
                 by_pitch = preprocess.section_mpp(replace(section, mpp=None), adata, section.positions)
