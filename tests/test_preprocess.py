@@ -631,9 +631,9 @@ BAD = {  # case: section, what happens to the raw folder, what the error says, t
     "a web page for positions": (
         "A1", lambda raw: positions_file(raw, "A1").write_text("<html>404</html>"),
         "not a position file", "tissue_positions_list_1.csv"),
-    "spots on a line": (
-        "A1", lambda raw: change_positions(raw, array_row=0),
-        "on a line", "tissue_positions_list_1.csv"),
+    "spots at one place": (
+        "A1", lambda raw: change_positions(raw, pxl_row_in_fullres=50, pxl_col_in_fullres=50),
+        "all at one place", "tissue_positions_list_1.csv"),
     "a text file for an image": ("C1", lambda raw: image_file(raw, "C1").write_text("404"),
                                  "cannot be read as an image", "image/C1.png"),
     "truncated tif": ("A1", lambda raw: half(image_file(raw, "A1")), "cannot be read as an image",
