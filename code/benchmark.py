@@ -465,7 +465,7 @@ def big_slide_ours(args, folder):
     image[:] = 255
     del image
     xy = lattice(n_spots, height, width, 256)[:, :2:-1]
-    with slide.open_slide(folder / "big.tif", folder / "scratch") as opened:
+    with slide.open_slide(folder / "big.tif") as opened:
         _, cost = measure(lambda: slide.crop_patches(opened, xy, 256, folder / "big.npy"))
     _, ceiling = measure(lambda: read_through(folder / "big.tif"))
     (folder / "big.tif").unlink()

@@ -16,12 +16,13 @@ from PIL import Image
 import heclip
 import infer
 import preprocess_demo
-from heclip import prediction, wholeslide
+from heclip import prediction
 from heclip.checkpoint import save_checkpoint
 from heclip.dataset import Processed, Run
 from heclip.files import InputError
 from heclip.model import HECLIP, configure
 from heclip.preprocess import preprocess
+from heclip.slide import shrunk
 
 REFERENCE = ["DEMO_A1", "DEMO_B1", "DEMO_D1"]
 
@@ -57,7 +58,7 @@ def slide(run, tmp_path_factory):
     with tifffile.TiffWriter(path) as writer:
         options = dict(photometric="rgb", tile=(256, 256), compression="deflate", metadata=None)
         writer.write(image, subifds=1, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER", **options)
-        writer.write(wholeslide.shrunk(image, 2), subfiletype=1, **options)
+        writer.write(shrunk(image, 2), subfiletype=1, **options)
     return path
 
 
@@ -220,8 +221,8 @@ def test_a_checkpoint_by_its_path_gives_the_same(run, slide, predicted, tmp_path
 
 
 def test_the_crop_is_the_references_whatever_its_patches_were_made_from(run, slide, monkeypatch):
-    crops, original = [], wholeslide.SpotPatches
-    monkeypatch.setattr(wholeslide, "SpotPatches", lambda slide, xy, crop, *rest:
+    crops, original = [], prediction.SpotPatches
+    monkeypatch.setattr(prediction, "SpotPatches", lambda slide, xy, crop, *rest:
                         crops.append(crop) or original(slide, xy, crop, *rest))
     sections = Processed.sections
     predict(run, slide)

@@ -19,14 +19,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import command, figures, sources, wholeslide
+from . import command, figures, sources, tissue
 from .batches import Patches, encode_patches
 from .checkpoint import check_fits, load_checkpoint
 from .dataset import Processed, Run, run_name
 from .files import InputError, atomic_path, write_h5ad
 from .recipes import PREDICTION
 from .retrieval import average_expression, centre, retrieve, smooth, spread
-from .slide import THUMBNAIL
+from .slide import THUMBNAIL, SpotPatches, microns_per_pixel, open_slide, shrunk
 
 MAPPED_GENES = 6  # where the dataset names no markers
 VISIUM_UM = 100  # of neighbouring spots, where the reference's lie on no lattice
@@ -67,14 +67,14 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retriev
         raise InputError(f"--pitch {pitch}: expected the spots' distance in µm")
     reference = read_reference(processed, facts["reference"], facts["panel_name"], panel)
 
-    with wholeslide.open_whole_slide(image) as slide:
-        mpp = wholeslide.microns_per_pixel(slide, mpp)
+    with open_slide(image) as slide:
+        mpp = microns_per_pixel(slide, mpp)
         crop = reference.patch_um / mpp
         if crop < reference.patch_px / 2:
             warnings.warn(f"{image} has {mpp:.3g} µm a pixel, coarser than the reference: {crop:.0f} pixels are "
                           f"enlarged to {reference.patch_px}, without the detail that the model learnt from",
                           stacklevel=2)
-        thumbnail, thumbnail_scale = wholeslide.thumbnail(slide, mpp)
+        thumbnail, thumbnail_scale = tissue.thumbnail(slide, mpp)
         spots = (spots_on_tissue(slide, thumbnail, thumbnail_scale, mpp, pitch or reference.pitch_um, reference.spot_um)
                  if positions is None else given_spots(positions))
         device = command.pick_device(device)
@@ -84,7 +84,7 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retriev
         nearest = [reference_embeddings(network, processed, reference, run, panel, kind, device, batch_size,
                                         how["views"])
                    for kind in ("gene", "image") if how["retrieval"] in (kind, "both")]
-        patches = wholeslide.SpotPatches(slide, spots[["x", "y"]].to_numpy(), crop, reference.patch_px, device)
+        patches = SpotPatches(slide, spots[["x", "y"]].to_numpy(), crop, reference.patch_px, device)
         order = patches.order
         embeddings = torch.empty(len(spots), network.width)
         embeddings[order] = encode_patches(network, patches, torch.from_numpy(order), batch_size, how["views"]).cpu()
@@ -103,7 +103,7 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, retriev
             similarity=similarity.mean(axis=1), spread=spread(index, reference.expression)),
         obsm={"spatial": xy},
         uns={"spatial": {stem: {
-            "images": {"hires": wholeslide.shrunk(thumbnail, shrink)},
+            "images": {"hires": shrunk(thumbnail, shrink)},
             "scalefactors": {"tissue_hires_scalef": thumbnail_scale / shrink,
                              "spot_diameter_fullres": reference.spot_um / mpp},
             "metadata": {"mpp": mpp, "source_image_path": Path(image).name}}},
@@ -122,7 +122,7 @@ def predict(adata, image, model, mpp=None, **options):
     spots = pd.DataFrame(np.asarray(adata.obsm["spatial"])[:, :2], adata.obs_names, ["x", "y"])
     spots = spots.assign(in_tissue=True, array_row=-1, array_col=-1)
     if mpp is None:
-        with wholeslide.open_whole_slide(image) as slide:
+        with open_slide(image) as slide:
             known = [library.get("metadata", {}).get("mpp") for library in adata.uns.get("spatial", {}).values()]
             if slide.mpp is None and len(known) == 1:
                 mpp = known[0]
@@ -175,10 +175,10 @@ def read_reference(processed, sections, name, panel):
 
 def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
     """The lattice's spots that lie on tissue. `scale`: pixels of the thumbnail per full-resolution pixel."""
-    tissue = wholeslide.find_tissue(thumbnail, mpp / scale)
-    spots = wholeslide.lattice(slide.width, slide.height, pitch_um / mpp)
-    share = wholeslide.share_on_tissue(spots, tissue, scale, spot_um / mpp)
-    spots = spots[share >= wholeslide.ON_TISSUE]
+    found = tissue.find_tissue(thumbnail, mpp / scale)
+    spots = tissue.lattice(slide.width, slide.height, pitch_um / mpp)
+    share = tissue.share_on_tissue(spots, found, scale, spot_um / mpp)
+    spots = spots[share >= tissue.ON_TISSUE]
     if not len(spots):
         raise InputError(f"{slide.path}: no tissue found. Is it a bright-field image of a stained section? If so, "
                          "give the spots with --positions")

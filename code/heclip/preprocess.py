@@ -119,7 +119,7 @@ def preprocess_section(dataset, section, raw, processed):
         # Both files appear at once, so that patches of one version never meet expression of another.
         with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
             thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches,
-                                             scratch=processed.folder / f".{section.name}.slide.part")
+                                             processed.folder)
             adata.uns["spatial"] = {section.name: {
                 "images": {"hires": thumbnail},
                 "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
