@@ -1,6 +1,10 @@
 """slide.py: whatever the file, a patch is the obvious slice of the whole image."""
 
 import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -641,3 +645,179 @@ def test_damage_in_a_tile_is_an_error_that_names_the_slide(tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"slide.tif cannot be read as an image"):
         patches_of(path, lattice(WIDE, TALL, 20)[["x", "y"]].to_numpy(), 32)
+
+
+# ------------------------------------------------------------------------- one rule for every file
+
+
+TILES = dict(photometric="rgb", tile=(64, 48), compression="deflate", metadata=None)
+# How a viewer turns what is stored (a) into what it shows, by the orientation tag
+SHOWN = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, 1)}
+# What to store so that it is shown as the picture
+STORED = SHOWN | {6: SHOWN[8], 8: SHOWN[6]}
+
+
+def write_label_first(path, image):
+    with tifffile.TiffWriter(path) as writer:
+        writer.write(np.full((90, 120, 3), 99, np.uint8), photometric="rgb", metadata=None)
+        writer.write(image, **TILES)
+
+
+def write_channels(path, image, **options):
+    tifffile.imwrite(path, np.moveaxis(image, -1, 0), photometric="minisblack", metadata={"axes": "CYX"}, **options)
+
+
+def opaque(image):
+    return np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])
+
+
+KINDS = {
+    "tiled.tif": lambda path, image: tifffile.imwrite(path, image, **TILES),
+    "bigtiff.btf": lambda path, image: tifffile.imwrite(path, image, **TILES, bigtiff=True),
+    "ome.tf8": lambda path, image: tifffile.imwrite(path, image, bigtiff=True, ome=True, photometric="rgb"),
+    "generic.svs": lambda path, image: tifffile.imwrite(path, image, **TILES),
+    "strips.qptiff": lambda path, image: tifffile.imwrite(path, image, rowsperstrip=16, compression="lzw"),
+    "aperio.svs": lambda path, image: tifffile.imwrite(path, image, **TILES, description=APERIO.format(0.5)),
+    "aperio.tif": lambda path, image: tifffile.imwrite(path, image, **TILES, description=APERIO.format(0.5)),
+    "colours as channels.ome.tif": lambda path, image: write_channels(path, image, tile=(64, 48)),
+    "colours in strips.ome.tif": lambda path, image: write_channels(path, image, rowsperstrip=7, compression="lzw"),
+    "uncompressed channels.ome.tif": write_channels,
+    "four channels.ome.tif": lambda path, image: write_channels(path, opaque(image)),
+    "alpha.tif": lambda path, image: tifffile.imwrite(path, opaque(image), **TILES, extrasamples=["unassalpha"]),
+    "JPEG2000.tif": lambda path, image: tifffile.imwrite(
+        path, image, **TILES | dict(compression="jpeg2000", compressionargs=dict(level=0, reversible=True))),
+    "label first.tif": write_label_first,
+    "PNG.tif": lambda path, image: Image.fromarray(image).save(path, format="PNG"),
+    "PNG.svs": lambda path, image: Image.fromarray(image).save(path, format="PNG"),
+    "TIFF.jpg": lambda path, image: tifffile.imwrite(path, image, **TILES),
+    "TIFF": lambda path, image: tifffile.imwrite(path, image, **TILES),
+}
+
+
+def both_ways(path, xy):
+    """The patches of a file as a section's image, which must be the same as those of a whole slide."""
+    patches = crop(path, xy)[0]
+    np.testing.assert_array_equal(patches_of(path, xy, crop=SIZE), patches)
+    return patches
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_is_read_by_its_content_and_its_name_counts_for_nothing(tmp_path, name):
+    image, xy = an_image(), some_spots()
+    KINDS[name](tmp_path / name, image)
+    np.testing.assert_array_equal(both_ways(tmp_path / name, xy), obvious_patches(image, xy))
+
+
+def test_a_jpeg_with_a_scanners_suffix_is_a_jpeg(tmp_path):
+    Image.fromarray(an_image()).save(tmp_path / "slide.svs", format="JPEG")
+    xy, image = some_spots(), np.asarray(Image.open(tmp_path / "slide.svs"))
+    np.testing.assert_array_equal(both_ways(tmp_path / "slide.svs", xy), obvious_patches(image, xy))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["tiles.btf", "strips.tif", "uncompressed.tif", "grey.tif", "aperio.svs", "a.png",
+                                  "a.jpg"])
+def test_the_orientation_of_a_file_is_obeyed(tmp_path, monkeypatch, name, orientation):
+    monkeypatch.setattr(slide, "BAND", 20)
+    monkeypatch.setattr(slide, "CACHE", 20_000)
+    image, path, xy = an_image(channels=1 if name == "grey.tif" else 3), tmp_path / name, some_spots()
+    stored = np.ascontiguousarray(STORED[orientation](image))
+    np.testing.assert_array_equal(SHOWN[orientation](stored), image)
+    if path.suffix in (".png", ".jpg"):
+        exif = Image.Exif()
+        exif[slide.ORIENTATION] = orientation
+        Image.fromarray(stored).save(path, exif=exif)
+        if path.suffix == ".jpg":
+            image = SHOWN[orientation](np.asarray(Image.open(path)))
+    else:
+        layout = {"tiles.btf": TILES, "aperio.svs": TILES | dict(description=APERIO.format(0.5)),
+                  "strips.tif": dict(rowsperstrip=7, compression="lzw"), "uncompressed.tif": dict(metadata=None),
+                  "grey.tif": TILES | dict(photometric="minisblack")}[name]
+        tifffile.imwrite(path, stored, extratags=[(slide.ORIENTATION, 3, 1, orientation, True)], **layout)
+    np.testing.assert_array_equal(both_ways(path, xy), obvious_patches(image, xy))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_real_turned_files_are_shown_as_pillow_shows_them(real_data, orientation):
+    path = real_data("real") / f"test_orient{orientation}.tif"
+    shown = np.asarray(Image.open(path).convert("RGB"))
+    with open_slide(path) as opened:
+        np.testing.assert_array_equal(np.concatenate([band for _, band in opened.bands()]), shown)
+        np.testing.assert_array_equal(opened.region(opened.levels[0], 0, 0, opened.width, opened.height), shown)
+
+
+@pytest.mark.parametrize(("name", "read"), [
+    ("CMU-1-Small-Region.svs", lambda path, xy: both_ways(path, xy)),
+    ("tcga-cr-7395-01a-01-ts1.svs", lambda path, xy: patches_of(path, xy, crop=SIZE))])
+def test_patches_of_real_slides_are_slices_of_the_whole_image(tmp_path, real_data, name, read):
+    image = tifffile.imread(real_data("real") / name)
+    path = tmp_path / "slide.jpg"
+    path.symlink_to(real_data("real") / name)
+    xy = some_spots(height=image.shape[0], width=image.shape[1])
+    np.testing.assert_array_equal(read(path, xy), obvious_patches(image, xy))
+
+
+def test_a_turned_slide_exchanges_its_microns_per_pixel(tmp_path):
+    tifffile.imwrite(tmp_path / "slide.tif", an_image(), resolution=(20_000, 40_000), resolutionunit="CENTIMETER",
+                     extratags=[(slide.ORIENTATION, 3, 1, 6, True)])
+    with open_slide(tmp_path / "slide.tif") as opened:
+        assert opened.mpp == pytest.approx((0.25, 0.5))
+
+
+@pytest.mark.parametrize(("size", "other"), [(b'"0.5"', b'"0,5"'), (b'"0.5"', b'"   "'), (b"<Pixels", b"<pixels"),
+                                             (b"</OME>", b"</0ME>")])
+def test_odd_ome_xml_does_not_hide_the_picture(tmp_path, size, other):
+    path, xy, image = tmp_path / "slide.ome.tif", some_spots(), an_image()
+    tifffile.imwrite(path, image, photometric="rgb", metadata={"axes": "YXS", "PhysicalSizeX": 0.5,
+                                                               "PhysicalSizeY": 0.5})
+    content = path.read_bytes()
+    assert size in content
+    path.write_bytes(content.replace(size, other))
+    np.testing.assert_array_equal(both_ways(path, xy), obvious_patches(image, xy))
+    with open_slide(path) as opened:
+        assert opened.mpp is None
+
+
+def test_two_runs_may_unpack_the_same_file_into_the_same_folder(tmp_path):
+    tifffile.imwrite(tmp_path / "slide.tif", an_image(), rowsperstrip=7)
+    (tmp_path / "slide").write_bytes(gzip.compress((tmp_path / "slide.tif").read_bytes()))  # by content
+    with open_slide(tmp_path / "slide", tmp_path) as one:
+        with open_slide(tmp_path / "slide", tmp_path):
+            pass
+        assert np.concatenate([band for _, band in one.bands()]).shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_another_number_of_channels_is_refused(tmp_path, channels):
+    tifffile.imwrite(tmp_path / "slide.ome.tif", np.zeros((channels, 100, 90), np.uint8), photometric="minisblack",
+                     metadata={"axes": "CYX"})
+    assert_refused(tmp_path / "slide.ome.tif", f"has {channels} channels, expected red, green and blue")
+
+
+def test_a_slide_is_not_held_in_memory_whatever_its_name(tmp_path):
+    side, options = 5000, dict(photometric="rgb", compression="deflate", metadata=None)
+    tiles = (np.full((256, 256, 3), 200, np.uint8) for _ in range(20 * 20))
+    tifffile.imwrite(tmp_path / "a.tif", tiles, shape=(side, side, 3), dtype=np.uint8, tile=(256, 256), **options)
+    for name in ("a.btf", "a.svs"):
+        (tmp_path / name).symlink_to(tmp_path / "a.tif")
+    planes = tifffile.memmap(tmp_path / "planes.btf", shape=(3, side, side), dtype=np.uint8, photometric="rgb",
+                             planarconfig="separate")
+    del planes
+    code = """
+import resource, sys
+import imagecodecs, zarr
+from heclip.slide import open_slide
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+for path in sys.argv[1:]:
+    before = peak()
+    with open_slide(path) as opened:
+        for top, band in opened.bands():
+            pass
+    print(peak() - before)
+"""
+    paths = [tmp_path / name for name in ("a.tif", "a.btf", "a.svs", "planes.btf")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(slide.__file__).parents[1])})
+    assert max(map(int, done.stdout.split())) < 35  # MB; the picture is 75

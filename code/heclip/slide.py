@@ -266,7 +266,9 @@ def tiff_levels(file):
         if not series:
             raise ValueError("it holds no image")
         series = max(series, key=lambda one: one.keyframe.imagelength * one.keyframe.imagewidth)
-        end = max(offset + size for page in series.pages if page
+        if any(page is None for page in series.pages):
+            raise ValueError("one of its channels is missing")
+        end = max(offset + size for page in series.pages
                   for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True))
         if end > file.stat().st_size:
             raise ValueError(f"it ends {end - file.stat().st_size:,} bytes early")
@@ -282,9 +284,13 @@ def tiff_level(file, series, number):
     check_pixels(level)
     height, width = page.imagelength, page.imagewidth
     planes = level.axes in ("SYX", "CYX")  # one plane per colour
-    if level.dataoffset is not None:
-        tile = 64, width
-        pixels = UncompressedPixels(file, level.dataoffset, level.shape, planes).read
+    if offsets := uncompressed(level):
+        tile, row = (64, width), width if planes else width * page.samplesperpixel  # row: bytes
+
+        def pixels(top, bottom, left, right):  # read from the file: a memory map would keep all that it has read
+            read = [np.fromfile(file, np.uint8, (bottom - top) * row, offset=offset + top * row)
+                    .reshape(bottom - top, width, -1)[:, left:right] for offset in offsets]
+            return read[0] if len(read) == 1 else np.concatenate(read, axis=2)
     else:
         import zarr  # tifffile decodes single strips and tiles through it
 
@@ -318,23 +324,16 @@ def check_pixels(level):
         raise ValueError(f"its axes are {axes}, expected one plane of colour pixels")
 
 
-class UncompressedPixels:
-    """Pixels of an uncompressed TIFF, read as they are asked for: a memory map would keep what it has read.
-
-    shape: (height, width), (height, width, samples), or with `planes` (samples, height, width).
-    """
-
-    def __init__(self, file, offset, shape, planes):
-        self.file, self.row = file, math.prod(shape[2:] if planes else shape[1:])  # bytes
-        n, height = (shape[0], shape[1]) if planes else (1, shape[0])
-        self.offsets = [offset + plane * height * self.row for plane in range(n)]
-        self.width, self.planes = shape[2] if planes else shape[1], planes
-
-    def read(self, top, bottom, left, right):
-        """uint8 (bottom - top, right - left, samples)."""
-        rows = [np.fromfile(self.file, np.uint8, (bottom - top) * self.row, offset=offset + top * self.row)
-                .reshape(bottom - top, self.width, -1)[:, left:right] for offset in self.offsets]
-        return np.concatenate(rows, axis=2) if self.planes else rows[0]
+def uncompressed(level):
+    """Where the planes of a level begin in the file, one after another in rows. None if they are not stored so."""
+    page, pages = level.keyframe, level.pages
+    if not page.is_memmappable or any(np.diff(one.dataoffsets).tolist() != list(one.databytecounts[:-1])
+                                      for one in pages):
+        return None
+    offsets = [one.dataoffsets[0] for one in pages]
+    if len(offsets) == 1 and level.axes in ("SYX", "CYX"):
+        return [offsets[0] + plane * page.imagelength * page.imagewidth for plane in range(level.shape[0])]
+    return offsets
 
 
 def picture_level(file):
