@@ -1,17 +1,23 @@
-"""Slides: open an image, read pixels and microns per pixel from it, and crop patches. The only pixel code.
+"""Slides: open an image, read pixels and microns per pixel from it, and crop patches. The only
+pixel code.
 
-`open_slide` opens section images and whole slides alike. What a file is follows from its content, never from its name:
-scanners' formats are read with openslide, TIFF with tifffile, JPEG and PNG with Pillow, and a gzipped file is unpacked
-first. Whatever the file, pixels are 8-bit RGB in the picture as a viewer shows it, so positions refer to that picture:
+`open_slide` opens section images and whole slides alike. What a file is follows from its content,
+never from its name: scanners' formats are read with openslide, TIFF with tifffile, JPEG and PNG
+with Pillow, and a gzipped file is unpacked first. Whatever the file, pixels are 8-bit RGB in the
+picture as a viewer shows it, so positions refer to that picture:
 
 - orientation: the TIFF tag and the EXIF entry are obeyed, all 8 values.
-- axes: colours are interleaved (YXS), in planes (SYX), or three or four channels of 8 bits (CYX). Grey is repeated.
-- alpha: opaque alpha is dropped, and other alpha is an error. What a scanner left out has its background colour.
+- axes: colours are interleaved (YXS), in planes (SYX), or three or four channels of 8 bits (CYX).
+  Grey is repeated.
+- alpha: opaque alpha is dropped, and other alpha is an error. What a scanner left out has its
+  background colour.
 - several images in one file: the largest is the slide, not its label or thumbnail.
-- metadata is optional: where it cannot be understood, the microns per pixel are unknown and the picture is still read.
+- metadata is optional: where it cannot be understood, the microns per pixel are unknown and the
+  picture is still read.
 
-A slide is never held in memory, except JPEG, PNG and TIFF of one compressed strip. `crop_patches` reads it once from
-top to bottom, in bands of rows. `SpotPatches` decodes tiles as patches need them, and keeps CACHE bytes of them.
+A slide is never held in memory, except JPEG, PNG and TIFF of one compressed strip. `crop_patches`
+reads it once from top to bottom, in bands of rows. `SpotPatches` decodes tiles as patches need
+them, and keeps CACHE bytes of them.
 """
 
 import math
@@ -46,15 +52,17 @@ THUMBNAIL = 1500  # px, the longest edge of the picture that is kept with the ex
 LIMIT = threading.Lock()  # Pillow's limit of pixels is one for all threads
 ORIENTATION = 274  # number of the tag, in TIFF and in EXIF
 PLAUSIBLE = (0.05, 20)  # µm per pixel; a screen's 96 dots per inch would be 265
-MICRONS = {"m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "µm": 1, "μm": 1, "um": 1, "nm": 1e-3, "pm": 1e-6, "Å": 1e-4,
-           "in": 25400, "inch": 25400, "micron": 1, "microns": 1, "\\u00B5m": 1}  # units of OME and ImageJ
+MICRONS = {  # units of OME and ImageJ
+    "m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "µm": 1, "μm": 1, "um": 1, "nm": 1e-3, "pm": 1e-6,
+    "Å": 1e-4, "in": 25400, "inch": 25400, "micron": 1, "microns": 1, "\\u00B5m": 1}
 
 
 @dataclass
 class Level:
     """One level of a pyramid.
 
-    read(top, bottom, left, right) decodes pixels of this level as the file has them: uint8 (h, w) or (h, w, channels).
+    read(top, bottom, left, right) decodes pixels of this level as the file has them: uint8 (h, w)
+    or (h, w, channels).
     """
 
     width: int
@@ -67,14 +75,15 @@ class Level:
 class Slide:
     """An open image of width x height pixels.
 
-    levels: its pyramid, finest first. mpp: (x, y) in µm per full-resolution pixel, or None where the file does not say.
+    levels: its pyramid, finest first. mpp: (x, y) in µm per full-resolution pixel, or None where
+    the file does not say.
     """
 
     def __init__(self, path, levels, mpp=None):
         self.path, self.levels, self.mpp = path, levels, mpp
         self.width, self.height = levels[0].width, levels[0].height
         self.capacity, self.held = CACHE, 0
-        self.tiles = OrderedDict()  # (level's downsample, row, column) -> (future pixels, their bytes)
+        self.tiles = OrderedDict()  # (level's downsample, row, column) -> (future pixels, bytes)
         self.decoders = ThreadPoolExecutor(DECODERS)
 
     def level_for(self, downsample):
@@ -83,7 +92,8 @@ class Slide:
                    key=lambda level: level.downsample)
 
     def region(self, level, left, top, width, height):
-        """uint8 (height, width, 3), placed in the level's own pixels. What lies beyond the slide repeats its edge.
+        """uint8 (height, width, 3), placed in the level's own pixels. What lies beyond the slide
+        repeats its edge.
 
         Raises InputError if a tile cannot be decoded.
         """
@@ -102,7 +112,10 @@ class Slide:
         return out
 
     def tiles_of(self, level, left, top, width, height):
-        """Row, column and future pixels of the tiles under a box of the level's pixels. Decoding starts at once."""
+        """Row, column and future pixels of the tiles under a box of the level's pixels.
+
+        Decoding starts at once.
+        """
         tiles = []
         for row in range(max(top, 0) // level.tile[0],
                          -(-min(top + height, level.height) // level.tile[0])):
@@ -111,7 +124,8 @@ class Slide:
                 key = level.downsample, row, column
                 if key not in self.tiles:
                     y, x = row * level.tile[0], column * level.tile[1]
-                    bottom, right = min(y + level.tile[0], level.height), min(x + level.tile[1], level.width)
+                    bottom = min(y + level.tile[0], level.height)
+                    right = min(x + level.tile[1], level.width)
                     size = (bottom - y) * (right - x) * 3
                     future = self.decoders.submit(self.decode, level, y, bottom, x, right)
                     self.tiles[key] = future, size
@@ -125,17 +139,19 @@ class Slide:
     def bands(self):
         """Yield (first row, uint8 (rows, width, 3)) of the full resolution, from top to bottom.
 
-        A band holds whole tiles, so that each is decoded once. It has about BAND rows, unless a tile is taller.
+        A band holds whole tiles, so that each is decoded once. It has about BAND rows, unless a
+        tile is taller.
         """
         level = self.levels[0]
         rows = -(-BAND // level.tile[0]) * level.tile[0]
-        if level.tile[1] < self.width:  # a slide turned by 90 degrees may have tiles as tall as itself
+        if level.tile[1] < self.width:  # strips of a slide turned by 90 degrees are as tall as it
             rows = min(rows, max(BAND, CACHE // (3 * self.width)))
         for top in range(0, self.height, rows):
             yield top, self.decode(level, top, min(top + rows, self.height), 0, self.width)
 
     def decode(self, level, *box):
-        """The pixels of a box of a level as RGB: uint8 (h, w, 3). box: top, bottom, left, right, inside the level.
+        """The pixels of a box of a level as RGB: uint8 (h, w, 3). box: top, bottom, left, right,
+        inside the level.
 
         Drops an opaque alpha and repeats grey. No colour is changed.
         Raises InputError if the file is damaged, or its alpha is not opaque.
@@ -147,38 +163,43 @@ class Slide:
         if pixels.ndim == 2 or pixels.shape[2] == 1:
             return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
         if pixels.shape[2] == 4 and (pixels[..., 3] != 255).any():
-            raise InputError(f"{self.path}: its alpha channel is not 255 everywhere, so its colours are not what one "
-                             "sees. Flatten it on white first")
-        rgb = np.empty((*pixels.shape[:2], 3), np.uint8)  # packed: every later copy of a view would be slower
+            raise InputError(f"{self.path}: its alpha channel is not 255 everywhere, so its colours are "
+                             "not what one sees. Flatten it on white first")
+        rgb = np.empty((*pixels.shape[:2], 3), np.uint8)  # packed: copies of a view are slower
         for channel in range(3):
             rgb[..., channel] = pixels[..., channel]
         return rgb
 
 
-# ---------------------------------------------------------------------------------------------- opening
+# ------------------------------------------------------------ opening
 
 
 @contextmanager
 def open_slide(path, scratch=None):
     """Open a section's image or a whole slide, for reading inside a with block. Yields a Slide.
 
-    scratch: the folder where a gzipped image is unpacked; default: the system's folder for temporary files. The copy
-    has a name of its own and is removed at the end.
-    Raises InputError if the file is missing, is no image that can be read, or is not 8 bits a channel.
+    scratch: the folder where a gzipped image is unpacked; default: the system's folder for
+    temporary files. The copy has a name of its own and is removed at the end.
+    Raises InputError if the file is missing, is no image that can be read, or is not 8 bits a
+    channel.
     """
     path = Path(path)
     with ExitStack() as stack:
-        if not path.is_file():
-            raise InputError(f"{path} is a folder, expected an image" if path.exists() else f"{path} is missing")
-        file = stack.enter_context(unzipped(path, scratch)) if starts_with(path, b"\x1f\x8b") else path
+        if not path.exists():
+            raise InputError(f"{path} is missing")
+        if path.is_dir():
+            raise InputError(f"{path} is a folder. Give the image in it")
+        file = path
+        if starts_with(path, b"\x1f\x8b"):
+            file = stack.enter_context(unzipped(path, scratch))
         try:
             if vendor(file):
                 levels, mpp = stack.enter_context(openslide_levels(file))
             elif is_tiff(file):
                 levels, mpp = stack.enter_context(tiff_levels(file))
-            elif path.suffix.lower() == ".mrxs":  # the file itself is only a small picture of the slide
-                raise InputError(f"{path} cannot be read without its folder {path.stem}, which holds the slide's "
-                                 "pixels. Put the folder next to it")
+            elif path.suffix.lower() == ".mrxs":  # the file itself is a small picture at most
+                raise InputError(f"{path} cannot be read without its folder {path.stem}, which holds "
+                                 "the slide's pixels. Put the folder next to it")
             else:
                 levels, mpp = [picture_level(file)], None
         except Exception as error:  # every format has its own kinds
@@ -196,7 +217,10 @@ def starts_with(file, *magic):
 
 @contextmanager
 def unzipped(path, folder):
-    """Unpack a gzipped file to the last byte, yield the copy, and remove it. A file that ends early is an error."""
+    """Unpack a gzipped file to the last byte, yield the copy, and remove it.
+
+    Raises InputError if the file is damaged or ends early.
+    """
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=folder) as own:
@@ -218,22 +242,27 @@ def is_tiff(file):
 def vendor(file):
     """The scanner's format as openslide calls it, or None for what is read without openslide.
 
-    TIFFs without a scanner's mark are read with tifffile, because openslide does not see the pyramids of OME-TIFF,
-    colours as channels, strips, or orientation. For the same reason so are turned Aperio files.
+    TIFFs without a scanner's mark are read with tifffile, because openslide does not see the
+    pyramids of OME-TIFF, colours as channels, strips, or orientation. For the same reason so are
+    turned Aperio files.
     """
     found = OpenSlide.detect_format(file)
     if found == "aperio":
-        with suppress(Exception), tifffile.TiffFile(file) as handle:  # what tifffile cannot read, openslide may
+        with suppress(Exception), tifffile.TiffFile(file) as handle:
             return found if orientation_of(handle.pages[0]) == 1 else None
     return None if found == "generic-tiff" else found
 
 
 @contextmanager
 def openslide_levels(file):
-    """Levels and mpp of a slide through openslide. Where the scanner saw nothing, its background colour is shown."""
+    """Levels and mpp of a slide through openslide.
+
+    Where the scanner saw nothing, pixels have the slide's background colour.
+    """
     with OpenSlide(file) as handle:
         properties = handle.properties
-        glass = Image.new("RGBA", (1, 1), "#" + properties.get("openslide.background-color", "FFFFFF"))
+        colour = "#" + properties.get("openslide.background-color", "FFFFFF")
+        glass = Image.new("RGBA", (1, 1), colour)
 
         def reader(number, downsample):
             def read(top, bottom, left, right):
@@ -248,7 +277,8 @@ def openslide_levels(file):
         levels = []
         for number, size in enumerate(handle.level_dimensions):
             downsample = downsample_of(handle.dimensions, size)
-            tile = [int(properties.get(f"openslide.level[{number}].tile-{side}", 512)) for side in ("height", "width")]
+            tile = [int(properties.get(f"openslide.level[{number}].tile-{side}", 512))
+                    for side in ("height", "width")]
             levels.append(Level(*size, downsample, bounded(tile, size), reader(number, downsample)))
         yield levels, plausible(*(properties.get(f"openslide.mpp-{axis}") for axis in "xy"))
 
@@ -275,7 +305,8 @@ def tiff_levels(file):
         orientation, mpp = orientation_of(series.keyframe), tiff_mpp(handle, series)
         if mpp and orientation > 4:
             mpp = mpp[::-1]
-        yield [turned(tiff_level(file, series, number), orientation) for number in range(len(series.levels))], mpp
+        levels = [tiff_level(file, series, number) for number in range(len(series.levels))]
+        yield [turned(level, orientation) for level in levels], mpp
 
 
 def tiff_level(file, series, number):
@@ -285,9 +316,11 @@ def tiff_level(file, series, number):
     height, width = page.imagelength, page.imagewidth
     planes = level.axes in ("SYX", "CYX")  # one plane per colour
     if offsets := uncompressed(level):
-        tile, row = (64, width), width if planes else width * page.samplesperpixel  # row: bytes
+        tile = 64, width
+        row = width if planes else width * page.samplesperpixel  # bytes
 
-        def pixels(top, bottom, left, right):  # read from the file: a memory map would keep all that it has read
+        def pixels(top, bottom, left, right):
+            # Rows are read from the file, because a memory map would keep all that it has read.
             read = [np.fromfile(file, np.uint8, (bottom - top) * row, offset=offset + top * row)
                     .reshape(bottom - top, width, -1)[:, left:right] for offset in offsets]
             return read[0] if len(read) == 1 else np.concatenate(read, axis=2)
@@ -303,13 +336,13 @@ def tiff_level(file, series, number):
                 return np.moveaxis(np.asarray(stored[:, top:bottom, left:right]), 0, -1)
             return np.asarray(stored[top:bottom, left:right])
 
-    finest = series.levels[0].keyframe
-    return Level(width, height, downsample_of((finest.imagewidth, finest.imagelength), (width, height)),
-                 bounded(tile, (width, height)), pixels)
+    size, finest = (width, height), series.levels[0].keyframe
+    downsample = downsample_of((finest.imagewidth, finest.imagelength), size)
+    return Level(width, height, downsample, bounded(tile, size), pixels)
 
 
 def check_pixels(level):
-    """Raise ValueError unless a level of a TIFF series holds RGB, RGBA or grey pixels of 8 bits a channel."""
+    """Raise ValueError unless a level of a TIFF series is RGB, RGBA or grey, of 8 bits a channel."""
     page, axes = level.keyframe, level.axes
     if page.dtype != np.uint8:
         raise ValueError(f"its pixels are {page.dtype}, expected 8 bits a channel")
@@ -317,7 +350,8 @@ def check_pixels(level):
     if kind == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
         kind = "RGB"  # tifffile decodes it so
     if kind not in ("RGB", "MINISBLACK") or page.samplesperpixel not in (1, 3, 4):
-        raise ValueError(f"it has {page.samplesperpixel} channels of kind {kind}, expected RGB or grey")
+        raise ValueError(f"it has {page.samplesperpixel} channels of kind {kind}, "
+                         "expected RGB or grey")
     if axes == "CYX" and level.shape[0] not in (3, 4):
         raise ValueError(f"it has {level.shape[0]} channels, expected red, green and blue")
     if axes not in ("YX", "YXS", "SYX", "CYX"):
@@ -325,21 +359,26 @@ def check_pixels(level):
 
 
 def uncompressed(level):
-    """Where the planes of a level begin in the file, one after another in rows. None if they are not stored so."""
+    """Where a level's planes begin in the file, if each is stored row after row. Otherwise None."""
     page, pages = level.keyframe, level.pages
-    if not page.is_memmappable or any(np.diff(one.dataoffsets).tolist() != list(one.databytecounts[:-1])
-                                      for one in pages):
+    if not page.is_memmappable or any(has_gaps(one) for one in pages):
         return None
     offsets = [one.dataoffsets[0] for one in pages]
     if len(offsets) == 1 and level.axes in ("SYX", "CYX"):
-        return [offsets[0] + plane * page.imagelength * page.imagewidth for plane in range(level.shape[0])]
+        size = page.imagelength * page.imagewidth
+        return [offsets[0] + plane * size for plane in range(level.shape[0])]
     return offsets
 
 
+def has_gaps(page):
+    """Whether something lies between the strips of a TIFF page, or whether they are out of order."""
+    return np.diff(page.dataoffsets).tolist() != list(page.databytecounts[:-1])
+
+
 def picture_level(file):
-    """The one level of a JPEG or PNG, decoded whole: these formats hold at most some hundred megapixels."""
-    with LIMIT:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # slides are larger than any web picture
+    """The one level of a JPEG or PNG, decoded whole. These hold at most some hundred megapixels."""
+    with LIMIT:  # slides are larger than any web picture
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             with Image.open(file) as image:
                 orientation = image.getexif().get(ORIENTATION, 1)
@@ -347,7 +386,8 @@ def picture_level(file):
                     image = image.convert("RGBA")
                 elif image.mode not in ("L", "RGB", "RGBA"):
                     if image.mode.startswith(("I", "F")):
-                        raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a channel")
+                        raise ValueError(f"its pixels are of mode {image.mode}, "
+                                         "expected 8 bits a channel")
                     image = image.convert("RGB")
                 pixels = np.asarray(image)
         finally:
@@ -366,23 +406,31 @@ def orientation_of(page):
 
 
 def turned(level, orientation):
-    """A stored level as a viewer shows it. orientation: 1 to 8, as TIFF and EXIF define them; others count as 1.
+    """A stored level as a viewer shows it. orientation: 1 to 8, as TIFF and EXIF define them;
+    others count as 1.
 
     tifffile.reorient is not used, because it exchanges 7 and 8.
     """
     if orientation not in range(2, 9):
         return level
     transposed = orientation > 4  # rows and columns are exchanged, and after that mirrored
-    upside_down, mirrored = [(False, False), (False, True), (True, True), (True, False)][(orientation - 1) % 4]
-    width, height = (level.height, level.width) if transposed else (level.width, level.height)
+    upside_down, mirrored = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    width, height, tile = level.width, level.height, level.tile
+    if transposed:
+        width, height, tile = height, width, tile[::-1]
 
     def read(top, bottom, left, right):
         rows = (height - bottom, height - top) if upside_down else (top, bottom)
         columns = (width - right, width - left) if mirrored else (left, right)
-        pixels = level.read(*columns, *rows).swapaxes(0, 1) if transposed else level.read(*rows, *columns)
-        return pixels[::-1 if upside_down else 1, ::-1 if mirrored else 1]
+        if transposed:
+            pixels = level.read(*columns, *rows).swapaxes(0, 1)
+        else:
+            pixels = level.read(*rows, *columns)
+        if upside_down:
+            pixels = pixels[::-1]
+        return pixels[:, ::-1] if mirrored else pixels
 
-    return replace(level, width=width, height=height, tile=level.tile[::-1] if transposed else level.tile, read=read)
+    return replace(level, width=width, height=height, tile=tile, read=read)
 
 
 def bounded(tile, size):
@@ -391,33 +439,38 @@ def bounded(tile, size):
 
 
 def downsample_of(full, size):
-    """Full-resolution pixels across one of a level: whole where the sizes allow it, as a pyramid rounds its own size.
+    """Full-resolution pixels across one of a level: whole where the sizes allow it, as a pyramid
+    rounds its own size.
 
-    full, size: (width, height). A ratio of sizes that were rounded would be off by up to a pixel at the far end.
+    full, size: (width, height). A ratio of sizes that were rounded would be off by up to a pixel at
+    the far end.
     """
     ratio = (full[0] / size[0] + full[1] / size[1]) / 2
     whole = round(ratio)
     return whole if all(abs(f / whole - s) < 1 for f, s in zip(full, size, strict=True)) else ratio
 
 
-# ---------------------------------------------------------------------------------------------- microns per pixel
+# ------------------------------------------------------------ microns per pixel
 
 
 def microns_per_pixel(slide, given=None):
     """The width of a full-resolution pixel in µm: `given`, or what the file says.
 
-    Raises InputError if neither is known, if it is implausible, or if the file's pixels are not square.
+    Raises InputError if neither is known, if it is implausible, or if the file's pixels are not
+    square.
     """
     if given is not None:
         if plausible(given, given) is None:
-            raise InputError(f"--mpp {given}: expected µm a pixel, from {PLAUSIBLE[0]} to {PLAUSIBLE[1]}")
+            raise InputError(f"--mpp {given}: expected µm a pixel, "
+                             f"from {PLAUSIBLE[0]} to {PLAUSIBLE[1]}")
         return float(given)
     if slide.mpp is None:
-        raise InputError(f"{slide.path} does not say how many µm a pixel is wide. Give it with --mpp")
+        raise InputError(f"{slide.path} does not say how many µm a pixel is wide. "
+                         "Give it with --mpp")
     x, y = slide.mpp
     if abs(x / y - 1) > 0.02:
-        raise InputError(f"{slide.path}: its pixels are not square, {x:.4g} by {y:.4g} µm. Resample the image, or give "
-                         "one width with --mpp if that is an error")
+        raise InputError(f"{slide.path}: its pixels are not square, {x:.4g} by {y:.4g} µm. "
+                         "Resample the image, or give one width with --mpp if that is an error")
     return (x + y) / 2
 
 
@@ -431,7 +484,8 @@ def plausible(x, y):
 
 
 def tiff_mpp(handle, series):
-    """(x, y) in µm per pixel of a TIFF's series as stored: from OME-XML, Aperio's MPP, or the resolution tags.
+    """(x, y) in µm per pixel of a TIFF's series as stored: from OME-XML, Aperio's MPP, or the
+    resolution tags.
 
     None where none of them says it. What cannot be understood counts as absent.
     """
@@ -450,9 +504,9 @@ def ome_mpp(handle, series):
     of_size = [image for image in images if (image.get("SizeX"), image.get("SizeY")) == (
         str(series.keyframe.imagewidth), str(series.keyframe.imagelength))]
     pixels = (of_size or images)[0]  # a label has an entry of its own
-    sizes = [float(pixels.get(f"PhysicalSize{axis}")) * MICRONS[pixels.get(f"PhysicalSize{axis}Unit", "µm")]
-             for axis in "XY"]
-    return plausible(*sizes)
+    sizes = [float(pixels.get(f"PhysicalSize{axis}")) for axis in "XY"]
+    units = [MICRONS[pixels.get(f"PhysicalSize{axis}Unit", "µm")] for axis in "XY"]
+    return plausible(sizes[0] * units[0], sizes[1] * units[1])
 
 
 def aperio_mpp(handle, series):
@@ -472,22 +526,26 @@ def tag_mpp(handle, series):
     return plausible(*(unit / pixels for pixels in page.resolution)) if unit else None
 
 
-# ---------------------------------------------------------------------------------------------- patches of sections
+# ------------------------------------------------------------ patches of sections
 
 
 def crop_patches(slide, xy, size, path, patch_px=None):
-    """Crop a size x size patch around every spot in one pass over the slide, and write them to `path`.
+    """Crop a size x size patch around every spot in one pass over the slide, and write them to
+    `path`.
 
-    xy: (n, 2) spot centres in pixels, image column and row. Row i of the file, a .npy of uint8 (n, P, P, 3), is the
-    patch of spot i: slide[y - size/2 : y + size/2, x - size/2 : x + size/2] with x and y rounded. What lies beyond the
-    slide's edge repeats the edge. P is size, or patch_px, to which the patch is then resampled.
-    Returns (thumbnail uint8 (h, w, 3), thumbnail pixels per slide pixel, number of patches that reach over the edge).
+    xy: (n, 2) spot centres in pixels, image column and row. Row i of the file, a .npy of uint8 (n,
+    P, P, 3), is the patch of spot i: slide[y - size/2 : y + size/2, x - size/2 : x + size/2] with x
+    and y rounded. What lies beyond the slide's edge repeats the edge. P is size, or patch_px, to
+    which the patch is then resampled.
+    Returns (thumbnail uint8 (h, w, 3), thumbnail pixels per slide pixel, number of patches that
+    reach over the edge).
     Raises InputError if a centre lies outside the slide.
     """
     check_inside(slide, xy)
     centres = np.rint(xy).astype(np.int64)
     lefts, tops = (centres - size // 2).T
-    over_edge = (lefts < 0) | (tops < 0) | (lefts + size > slide.width) | (tops + size > slide.height)
+    over_edge = ((lefts < 0) | (tops < 0)
+                 | (lefts + size > slide.width) | (tops + size > slide.height))
 
     shrink = -(-max(slide.height, slide.width) // THUMBNAIL)
     stored = size if patch_px is None else patch_px
@@ -505,7 +563,8 @@ def crop_patches(slide, xy, size, path, patch_px=None):
             for i, patch in list(open_patches.items()):
                 y0, y1 = max(tops[i], top), min(tops[i] + size, bottom)
                 x0, x1 = max(lefts[i], 0), min(lefts[i] + size, slide.width)
-                patch[y0 - tops[i]:y1 - tops[i], x0 - lefts[i]:x1 - lefts[i]] = band[y0 - top:y1 - top, x0:x1]
+                part = patch[y0 - tops[i]:y1 - tops[i], x0 - lefts[i]:x1 - lefts[i]]
+                part[:] = band[y0 - top:y1 - top, x0:x1]
                 if tops[i] + size <= bottom or bottom == slide.height:
                     if over_edge[i]:
                         patch = repeat_edge(patch, lefts[i], tops[i], slide)
@@ -521,13 +580,13 @@ def crop_patches(slide, xy, size, path, patch_px=None):
 
 
 def shrunk(rgb, times):
-    """The mean colour of whole squares of times x times pixels: uint8 (h, w, 3) -> (h // times, w // times, 3).
+    """The mean colour of whole squares of times x times pixels.
 
-    What is left over at the right and bottom is dropped.
+    uint8 (h, w, 3) -> (h // times, w // times, 3). What is left over at the right and bottom is dropped.
     """
     height, width = (side // times for side in rgb.shape[:2])
-    reduced = Image.fromarray(rgb[:height * times]).reduce(times)  # of whole rows, which Pillow takes without a copy
-    return np.asarray(reduced)[:, :width]
+    whole = rgb[:height * times]  # columns are dropped afterwards: Pillow takes whole rows uncopied
+    return np.asarray(Image.fromarray(whole).reduce(times))[:, :width]
 
 
 def outside(slide, xy):
@@ -540,9 +599,10 @@ def check_inside(slide, xy):
     """Raise InputError if a spot centre lies outside the slide."""
     if (out := outside(slide, xy)).any():
         x, y = np.rint(xy[out][0]).astype(int)
-        raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but {out.sum()} of {len(xy)} spots "
-                         f"lie outside it, one at x {x}, y {y}. It is another section's image, or not the "
-                         "full-resolution one, which a sample sheet can state in its column scale")
+        raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but {out.sum()} of "
+                         f"{len(xy)} spots lie outside it, one at x {x}, y {y}. It is another "
+                         "section's image, or not the full-resolution one, which a sample sheet can "
+                         "state in its column scale")
 
 
 def repeat_edge(patch, left, top, slide):
@@ -560,15 +620,17 @@ def resample(patch, size):
     return np.asarray(Image.fromarray(patch).resize((size, size), Image.Resampling.BILINEAR))
 
 
-# ---------------------------------------------------------------------------------------------- patches of slides
+# ------------------------------------------------------------ patches of slides
 
 
 class SpotPatches:
-    """The patches of spots on a whole slide, read as they are asked for; `order` asks for each tile about once.
+    """The patches of spots on a whole slide, read as they are asked for; `order` asks for each tile
+    about once.
 
-    xy: (n, 2) spot centres in full-resolution pixels, rounded to whole ones. crop: side of a patch in full-resolution
-    pixels, any positive number. It is read from the coarsest level on which it has at least patch_px pixels, and
-    resampled (bilinear, antialiased) to patch_px where it has more, or, on a coarse slide, fewer.
+    xy: (n, 2) spot centres in full-resolution pixels, rounded to whole ones. crop: side of a patch
+    in full-resolution pixels, any positive number. It is read from the coarsest level on which it
+    has at least patch_px pixels, and resampled (bilinear, antialiased) to patch_px where it has
+    more, or, on a coarse slide, fewer.
     Raises InputError if a centre lies outside the slide, or if a patch is larger than the slide.
     """
 
@@ -577,12 +639,12 @@ class SpotPatches:
         self.xy = np.rint(xy).astype(np.int64)
         if (out := outside(slide, xy)).any():
             x, y = self.xy[out][0]
-            raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but {out.sum()} of {len(xy)} "
-                             f"spots lie outside it, one at x {x}, y {y}. They are another slide's, or not in "
-                             "full-resolution pixels")
+            raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but "
+                             f"{out.sum()} of {len(xy)} spots lie outside it, one at x {x}, y {y}. "
+                             "They are another slide's, or not in full-resolution pixels")
         if crop > max(slide.width, slide.height):
-            raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, and a patch would take "
-                             f"{crop:.0f}: check --mpp")
+            raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, and a patch "
+                             f"would take {crop:.0f}: check --mpp")
         self.level = slide.level_for(crop / (patch_px - 0.5))
         self.size = crop / self.level.downsample  # of the level's pixels
         if abs(self.size - patch_px) < 0.5:
@@ -593,24 +655,32 @@ class SpotPatches:
 
     @property
     def order(self):
-        """(n,) spots by rows of tiles, from left to right, in strips of a width that the cache can hold."""
+        """(n,) spots by rows of tiles, from left to right, in strips that the cache can hold."""
         height, width = self.level.tile
-        rows = min(math.ceil(self.size / height) + 2, -(-self.level.height // height))  # of tiles, held at a time
-        # One tile may be as wide as the slide: then all of its rows that a patch needs are held, whatever they take.
+        # Rows of tiles that are held at a time
+        rows = min(math.ceil(self.size / height) + 2, -(-self.level.height // height))
+        # One tile may be as wide as the slide. Then all rows that a patch needs are held.
         self.slide.capacity = max(CACHE, rows * height * width * 3)
-        strip = self.level.width if width == self.level.width else max(CACHE // (rows * height * 3), width)
+        strip = self.level.width
+        if width < strip:
+            strip = max(CACHE // (rows * height * 3), width)
         x, y = (self.xy / self.level.downsample).T
         return np.lexsort([x, np.maximum(y - self.size / 2, 0) // height, x // strip])
 
     def window(self, spot):
-        """Where a patch lies on its level: (left, top, width, height) in whole pixels, and its own corner in them."""
+        """Where a patch lies on its level, and its own corner in there.
+
+        Returns (left, top, width, height) in whole pixels, and (x, y) in fractions of them.
+        """
         centre = self.xy[spot] / self.level.downsample
         if self.size == self.patch_px:  # the same pixels as slide.crop_patches
             left, top = np.rint(centre).astype(int).tolist()
-            return (left - self.patch_px // 2, top - self.patch_px // 2, self.patch_px, self.patch_px), (0, 0)
+            half = self.patch_px // 2
+            return (left - half, top - half, self.patch_px, self.patch_px), (0, 0)
         start = centre - self.size / 2
         low = np.floor(start).astype(int)
-        return (*low.tolist(), *(np.ceil(start + self.size).astype(int) - low).tolist()), tuple(start - low)
+        size = np.ceil(start + self.size).astype(int) - low
+        return (*low.tolist(), *size.tolist()), tuple(start - low)
 
     def patch(self, spot):
         """uint8 (patch_px, patch_px, 3)."""
@@ -619,10 +689,14 @@ class SpotPatches:
         if self.size == self.patch_px:
             return region
         box = x, y, x + self.size, y + self.size
-        return np.asarray(Image.fromarray(region).resize((self.patch_px,) * 2, Image.Resampling.BILINEAR, box))
+        size = self.patch_px, self.patch_px
+        return np.asarray(Image.fromarray(region).resize(size, Image.Resampling.BILINEAR, box))
 
     def read(self, index):
-        """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3) on the CPU, in pinned memory where a GPU waits for it."""
+        """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3) on the CPU.
+
+        In pinned memory where a GPU waits for it.
+        """
         import torch  # preprocessing crops patches without it
 
         batch = torch.empty((len(index), self.patch_px, self.patch_px, 3), dtype=torch.uint8,
@@ -630,17 +704,19 @@ class SpotPatches:
         spots = index.tolist()
         for row, spot in enumerate(spots):
             for ahead in spots[row + AHEAD:row + AHEAD + 1] if row else spots[:AHEAD + 1]:
-                self.slide.tiles_of(self.level, *self.window(ahead)[0])  # decoded while the ones before are resampled
+                # Decoded while the patches before are resampled
+                self.slide.tiles_of(self.level, *self.window(ahead)[0])
             batch.numpy()[row] = self.patch(spot)
         return batch
 
     def stream(self, batches):
-        """Yield the patches of each index in `batches`, (B,) int64 on the CPU, as uint8 (B, P, P, 3) on the device.
+        """Yield the patches of each index in `batches`, (B,) int64 on the CPU, as uint8 (B, P, P,
+        3) on the device.
 
         One thread reads ahead, as the tiles are to be asked for in order.
         """
-        with ThreadPoolExecutor(1) as reader, tqdm(total=len(self), desc="predict", unit="patch", leave=False,
-                                                   disable=None) as bar:
+        bar = tqdm(total=len(self), desc="predict", unit="patch", leave=False, disable=None)
+        with ThreadPoolExecutor(1) as reader, bar:
             ahead = deque()
             for index in batches:
                 ahead.append(reader.submit(self.read, index))
@@ -655,14 +731,15 @@ class SpotPatches:
         return batch.to(self.device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------------------------------- patches cut before
+# ------------------------------------------------------------ patches cut before
 
 
 class StoredPatches:
-    """Patches that were cut before, as HEST stores them (hestcore 1.0.6): an HDF5 file, joined to spots by barcode.
+    """Patches that were cut before, as HEST stores them (hestcore 1.0.6): an HDF5 file, joined to
+    spots by barcode.
 
-    img: uint8 (N, S, S, 3) RGB, at any scale. coords: (N, 2), the x and y of their top left corners in full-resolution
-    pixels. barcode: (N, 1).
+    img: uint8 (N, S, S, 3) RGB, at any scale. coords: (N, 2), the x and y of their top left corners
+    in full-resolution pixels. barcode: (N, 1).
     """
 
     def __init__(self, path):
@@ -670,40 +747,49 @@ class StoredPatches:
         try:
             with h5py.File(path) as file:
                 self.side = file["img"].shape[1]
-                if file["img"].shape[1:] != (self.side, self.side, 3) or file["img"].dtype != np.uint8:
-                    raise ValueError(f"img is {file['img'].dtype} of shape {file['img'].shape}, expected RGB patches")
+                shape, kind = file["img"].shape, file["img"].dtype
+                if shape[1:] != (self.side, self.side, 3) or kind != np.uint8:
+                    raise ValueError(f"img is {kind} of shape {shape}, expected RGB patches")
                 self.corners = file["coords"][:].astype(np.float64)
-                barcodes = file["barcode"].asstr()[:].ravel() if file["barcode"].dtype == object else (
-                    file["barcode"][:].astype(str).ravel())
+                barcodes = file["barcode"]
+                barcodes = barcodes.asstr()[:] if barcodes.dtype == object else barcodes[:].astype(str)
+                barcodes = barcodes.ravel()
             self.row = pd.Series(np.arange(len(self.corners)), index=barcodes)
         except FileNotFoundError:
             raise InputError(f"{path} is missing") from None
         except Exception as error:  # HDF5 raises many kinds
-            raise InputError(f"{path} is not a file of patches as HEST writes it ({first_line(error)})") from None
+            raise InputError(f"{path} is not a file of patches as HEST writes it "
+                             f"({first_line(error)})") from None
         if not self.row.index.is_unique:
-            raise InputError(f"{path}: barcode {self.row.index[self.row.index.duplicated()][0]} occurs more than once")
+            twice = self.row.index[self.row.index.duplicated()][0]
+            raise InputError(f"{path}: barcode {twice} occurs more than once")
 
     def of(self, adata):
-        """The spots that have a patch: HEST stores none for those off its tissue mask or too near an edge."""
+        """The spots that have a patch. HEST stores none off its tissue mask or too near an edge."""
         kept = adata.obs_names.isin(self.row.index)
         if not kept.any():
-            raise InputError(f"{self.path} has none of the section's {adata.n_obs} spots; its own barcodes begin "
-                             f"{', '.join(self.row.index[:2])}. It is another section's")
+            raise InputError(f"{self.path} has none of the section's {adata.n_obs} spots; its own "
+                             f"barcodes begin {', '.join(self.row.index[:2])}. It is another section's")
         return adata[kept].copy()
 
     def crop_px(self, adata):
-        """The side of what a patch shows, in full-resolution pixels: twice the way from its corner to its spot."""
+        """The side of what a patch shows, in full-resolution pixels.
+
+        It is twice the way from the patch's corner to its spot.
+        """
         way = adata.obsm["spatial"] - self.corners[self.row[adata.obs_names]]  # (n, 2)
         crop_px = 2 * np.median(way)
         if crop_px < 1 or np.abs(2 * way - crop_px).max() > 4:  # corners are rounded
-            raise InputError(f"{self.path}: its patches do not lie around the section's spots; they were cut for other "
-                             "positions")
+            raise InputError(f"{self.path}: its patches do not lie around the section's spots; they "
+                             "were cut for other positions")
         return round(crop_px)
 
     def write(self, adata, crop_px, patch_px, path):
-        """Write the middle crop_px of each spot's patch to a .npy of uint8 (n, patch_px, patch_px, 3), in spot order.
+        """Write the middle crop_px of each spot's patch to a .npy of uint8 (n, patch_px, patch_px,
+        3), in spot order.
 
-        Returns (thumbnail uint8 (h, w, 3): the patches in their places on white, its pixels per full-resolution pixel).
+        Returns (thumbnail uint8 (h, w, 3): the patches in their places on white, its pixels per
+        full-resolution pixel).
         """
         inner = min(self.side, round(self.side * crop_px / self.crop_px(adata)))
         edge = (self.side - inner) // 2
@@ -712,7 +798,8 @@ class StoredPatches:
         width, height = np.ceil((xy.max(axis=0) + crop_px / 2) * scale).astype(int)
         thumbnail, tile = Image.new("RGB", (width, height), "white"), max(1, round(crop_px * scale))
         with h5py.File(self.path) as file, open(path, "wb") as out:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(xy), patch_px, patch_px, 3)}
+            header = {"descr": "|u1", "fortran_order": False,
+                      "shape": (len(xy), patch_px, patch_px, 3)}
             np.lib.format.write_array_header_1_0(out, header)
             for (x, y), row in zip(xy, self.row[adata.obs_names], strict=True):
                 patch = file["img"][row, edge:edge + inner, edge:edge + inner]
@@ -726,4 +813,5 @@ def unreadable(path, error):
     """The error for a file that is no readable image."""
     if isinstance(error, InputError):
         return error
-    return InputError(f"{path} cannot be read as an image ({first_line(error)}). Download or export it again")
+    return InputError(f"{path} cannot be read as an image ({first_line(error)}). "
+                      "Download or export it again")

@@ -1,4 +1,4 @@
-"""Tissue on a slide: a small picture of the slide, where it shows tissue, and how much of each spot lies on it."""
+"""Tissue on a slide: a small picture, where it shows tissue, and how much of each spot lies on it."""
 
 import math
 
@@ -8,46 +8,55 @@ import scipy.ndimage
 
 from .slide import shrunk
 
-# Tissue: see `find_tissue`. Checked on 4 sections of MOB and 2 of mouse muscle, with and without colour.
+# See `find_tissue`. Checked on 4 sections of MOB and 2 of mouse muscle, with and without colour.
 TISSUE_UM = 8  # µm a pixel of the picture that tissue is sought on
 BLUR_UM = 25  # standard deviation
 LEAST_MM2 = 0.05  # specks and holes below this area are dust and lumina
 CONTRAST = 15  # levels of 255 between glass and tissue, at least
 PALEST_SURE = 80  # levels darker than the glass are tissue, whatever the histogram says
 BLACK, INK = 50, 25
-ROUGH = 3  # levels between a pixel and its blurred surroundings: tissue 10 to 22, out-of-focus marks 0.5 to 4
+ROUGH = 3  # levels between a pixel and its surroundings: tissue 10 to 22, blurred marks 0.5 to 4
 ON_TISSUE = 0.25  # share of a spot's circle
 
 
 def thumbnail(slide, mpp, limit=4096):
-    """The slide at about TISSUE_UM a pixel, `limit` pixels at most, from the nearest level of its pyramid.
+    """The slide at about TISSUE_UM a pixel, `limit` pixels at most, from the nearest level of its
+    pyramid.
 
-    Returns (uint8 (h, w, 3), its pixels per full-resolution pixel). The level is read block by block.
+    Returns (uint8 (h, w, 3), its pixels per full-resolution pixel). The level is read block by
+    block.
     """
     longest = max(slide.width, slide.height)
     level = slide.level_for(max(TISSUE_UM / mpp, longest / limit))
-    shrink = max(round(TISSUE_UM / mpp / level.downsample), math.ceil(longest / level.downsample / limit), 1)
-    rows, columns = (-(-max(level.tile[axis], least) // shrink) * shrink for axis, least in enumerate((256, 2048)))
+    shrink = max(round(TISSUE_UM / mpp / level.downsample),
+                 math.ceil(longest / level.downsample / limit), 1)
+    rows, columns = (-(-max(side, least) // shrink) * shrink
+                     for side, least in zip(level.tile, (256, 2048), strict=True))
     height, width = (side // shrink * shrink for side in (level.height, level.width))
-    bands = [np.concatenate([
-        shrunk(slide.region(level, left, top, min(columns, width - left), min(rows, height - top)), shrink)
-        for left in range(0, width, columns)], axis=1) for top in range(0, height, rows)]
+    bands = []
+    for top in range(0, height, rows):
+        blocks = [slide.region(level, left, top, min(columns, width - left), min(rows, height - top))
+                  for left in range(0, width, columns)]
+        bands.append(np.concatenate([shrunk(block, shrink) for block in blocks], axis=1))
     return np.concatenate(bands), 1 / (level.downsample * shrink)
 
 
 def find_tissue(rgb, um):
-    """Where a bright-field picture shows tissue: uint8 (h, w, 3), `um` microns a pixel -> bool (h, w).
+    """Where a bright-field picture shows tissue: uint8 (h, w, 3), `um` microns a pixel -> bool (h,
+    w).
 
-    A pixel's darkness is that of its darkest channel: eosin and haematoxylin both absorb green, and grey slides have
-    three alike. After a blur, Otsu's threshold (IEEE Trans SMC 9, 1979) parts tissue from glass, and what is much
-    darker than the glass is tissue in any case. Areas of scanner's black, of black ink, and of ink that is greener
-    than red are never tissue, with a margin for their blurred edges. Specks and holes below LEAST_MM2 are removed,
-    and so are parts without texture: frames printed below the glass, smears, shadows. Fine strokes of red ink stay.
+    A pixel's darkness is that of its darkest channel: eosin and haematoxylin both absorb green, and
+    grey slides have three alike. After a blur, Otsu's threshold (IEEE Trans SMC 9, 1979) parts
+    tissue from glass, and what is much darker than the glass is tissue in any case. Areas of
+    scanner's black, of black ink, and of ink that is greener than red are never tissue, with a
+    margin for their blurred edges. Specks and holes below LEAST_MM2 are removed, and so are parts
+    without texture: frames printed below the glass, smears, shadows. Fine strokes of red ink stay.
     All False where no two kinds of pixels differ by CONTRAST.
     """
     sigma, least = BLUR_UM / um, LEAST_MM2 * 1e6 / um**2  # in pixels
-    red, green, blue = (scipy.ndimage.gaussian_filter(rgb[..., c], min(sigma, 1)) for c in range(3))  # uint8
-    ink = (np.maximum(np.maximum(red, green), blue) < BLACK) | (green > red.clip(max=255 - INK) + INK)
+    red, green, blue = (scipy.ndimage.gaussian_filter(rgb[..., c], min(sigma, 1)) for c in range(3))
+    black = np.maximum(np.maximum(red, green), blue) < BLACK
+    ink = black | (green > red.clip(max=255 - INK) + INK)  # uint8 stays below 256
     ink = scipy.ndimage.maximum_filter(keep_parts(ink, least), 2 * math.ceil(3 * sigma) + 1)
     sharp = (255 - rgb.min(axis=2)).astype(np.float32)
     darkness = scipy.ndimage.gaussian_filter(sharp, sigma)  # (h, w)
@@ -76,7 +85,7 @@ def otsu(values):
 
 
 def keep_parts(mask, least, texture=None, rough=0):
-    """The mask's connected parts of at least `least` pixels, and, on average over a part, of a texture of `rough`."""
+    """The mask's connected parts of at least `least` pixels and a mean texture of at least `rough`."""
     labels, n = scipy.ndimage.label(mask)
     size = np.bincount(labels.ravel(), minlength=n + 1)
     keep = size >= least
@@ -87,20 +96,24 @@ def keep_parts(mask, least, texture=None, rough=0):
 
 
 def lattice(width, height, pitch):
-    """Visium's staggered lattice over width x height pixels, neighbours `pitch` pixels apart in all six directions.
+    """Visium's staggered lattice over width x height pixels, neighbours `pitch` pixels apart in all
+    six directions.
 
     Returns a DataFrame by name `<row>x<column>`: array_row, array_col (their sum is even), x, y.
     """
     n_rows, n_columns = math.ceil(height / (pitch * math.sqrt(3) / 2)), math.ceil(width / pitch)
     row, column = np.divmod(np.arange(n_rows * n_columns), n_columns)
     spots = pd.DataFrame({"array_row": row, "array_col": 2 * column + row % 2,
-                          "x": (column + (1 + row % 2) / 2) * pitch, "y": (row + 0.5) * pitch * math.sqrt(3) / 2})
+                          "x": (column + (1 + row % 2) / 2) * pitch,
+                          "y": (row + 0.5) * pitch * math.sqrt(3) / 2})
     spots = spots[(spots["x"] < width) & (spots["y"] < height)]
-    return spots.set_index(spots["array_row"].astype(str) + "x" + spots["array_col"].astype(str)).rename_axis("barcode")
+    names = spots["array_row"].astype(str) + "x" + spots["array_col"].astype(str)
+    return spots.set_index(names).rename_axis("barcode")
 
 
 def share_on_tissue(spots, tissue, scale, diameter):
-    """How much of each spot's circle lies on tissue, 0 to 1: (n,). diameter, x and y are in full-resolution pixels.
+    """How much of each spot's circle lies on tissue, 0 to 1: (n,). diameter, x and y are in
+    full-resolution pixels.
 
     tissue: bool (h, w), `scale` of its pixels per full-resolution pixel.
     """
@@ -108,5 +121,7 @@ def share_on_tissue(spots, tissue, scale, diameter):
     reach = math.ceil(radius)
     dy, dx = np.mgrid[-reach:reach + 1, -reach:reach + 1].reshape(2, -1)
     dy, dx = (offset[np.hypot(dy, dx) <= radius] for offset in (dy, dx))
-    y, x = ((spots[axis].to_numpy() * scale).astype(int)[:, None] + offset for axis, offset in (("y", dy), ("x", dx)))
-    return tissue[np.clip(y, 0, tissue.shape[0] - 1), np.clip(x, 0, tissue.shape[1] - 1)].mean(axis=1)
+    y, x = ((spots[axis].to_numpy() * scale).astype(int)[:, None] + offset
+            for axis, offset in (("y", dy), ("x", dx)))
+    height, width = tissue.shape
+    return tissue[np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)].mean(axis=1)
