@@ -163,8 +163,8 @@ class Slide:
         if pixels.ndim == 2 or pixels.shape[2] == 1:
             return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
         if pixels.shape[2] == 4 and (pixels[..., 3] != 255).any():
-            raise InputError(f"{self.path}: its alpha channel is not 255 everywhere, so its colours are "
-                             "not what one sees. Flatten it on white first")
+            raise InputError(f"{self.path}: its alpha channel is not 255 everywhere, so its "
+                             "colours are not what one sees. Flatten it on white first")
         rgb = np.empty((*pixels.shape[:2], 3), np.uint8)  # packed: copies of a view are slower
         for channel in range(3):
             rgb[..., channel] = pixels[..., channel]
@@ -198,8 +198,8 @@ def open_slide(path, scratch=None):
             elif is_tiff(file):
                 levels, mpp = stack.enter_context(tiff_levels(file))
             elif path.suffix.lower() == ".mrxs":  # the file itself is a small picture at most
-                raise InputError(f"{path} cannot be read without its folder {path.stem}, which holds "
-                                 "the slide's pixels. Put the folder next to it")
+                raise InputError(f"{path} cannot be read without its folder {path.stem}, which "
+                                 "holds the slide's pixels. Put the folder next to it")
             else:
                 levels, mpp = [picture_level(file)], None
         except Exception as error:  # every format has its own kinds
@@ -342,7 +342,7 @@ def tiff_level(file, series, number):
 
 
 def check_pixels(level):
-    """Raise ValueError unless a level of a TIFF series is RGB, RGBA or grey, of 8 bits a channel."""
+    """Raise ValueError unless a level of a TIFF series is RGB, RGBA or grey of 8 bits a channel."""
     page, axes = level.keyframe, level.axes
     if page.dtype != np.uint8:
         raise ValueError(f"its pixels are {page.dtype}, expected 8 bits a channel")
@@ -371,7 +371,7 @@ def uncompressed(level):
 
 
 def has_gaps(page):
-    """Whether something lies between the strips of a TIFF page, or whether they are out of order."""
+    """Whether the strips of a TIFF page do not follow each other in the file."""
     return np.diff(page.dataoffsets).tolist() != list(page.databytecounts[:-1])
 
 
@@ -582,7 +582,8 @@ def crop_patches(slide, xy, size, path, patch_px=None):
 def shrunk(rgb, times):
     """The mean colour of whole squares of times x times pixels.
 
-    uint8 (h, w, 3) -> (h // times, w // times, 3). What is left over at the right and bottom is dropped.
+    uint8 (h, w, 3) -> (h // times, w // times, 3). What is left over at the right and bottom is
+    dropped.
     """
     height, width = (side // times for side in rgb.shape[:2])
     whole = rgb[:height * times]  # columns are dropped afterwards: Pillow takes whole rows uncopied
@@ -599,10 +600,10 @@ def check_inside(slide, xy):
     """Raise InputError if a spot centre lies outside the slide."""
     if (out := outside(slide, xy)).any():
         x, y = np.rint(xy[out][0]).astype(int)
-        raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but {out.sum()} of "
-                         f"{len(xy)} spots lie outside it, one at x {x}, y {y}. It is another "
-                         "section's image, or not the full-resolution one, which a sample sheet can "
-                         "state in its column scale")
+        raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but {out.sum()} "
+                         f"of {len(xy)} spots lie outside it, one at x {x}, y {y}. It is another "
+                         "section's image, or not the full-resolution one, which a sample sheet "
+                         "can state in its column scale")
 
 
 def repeat_edge(patch, left, top, slide):
@@ -751,8 +752,8 @@ class StoredPatches:
                 if shape[1:] != (self.side, self.side, 3) or kind != np.uint8:
                     raise ValueError(f"img is {kind} of shape {shape}, expected RGB patches")
                 self.corners = file["coords"][:].astype(np.float64)
-                barcodes = file["barcode"]
-                barcodes = barcodes.asstr()[:] if barcodes.dtype == object else barcodes[:].astype(str)
+                stored = file["barcode"]
+                barcodes = stored.asstr()[:] if stored.dtype == object else stored[:].astype(str)
                 barcodes = barcodes.ravel()
             self.row = pd.Series(np.arange(len(self.corners)), index=barcodes)
         except FileNotFoundError:
@@ -769,7 +770,8 @@ class StoredPatches:
         kept = adata.obs_names.isin(self.row.index)
         if not kept.any():
             raise InputError(f"{self.path} has none of the section's {adata.n_obs} spots; its own "
-                             f"barcodes begin {', '.join(self.row.index[:2])}. It is another section's")
+                             f"barcodes begin {', '.join(self.row.index[:2])}. "
+                             "It is another section's")
         return adata[kept].copy()
 
     def crop_px(self, adata):
@@ -780,8 +782,8 @@ class StoredPatches:
         way = adata.obsm["spatial"] - self.corners[self.row[adata.obs_names]]  # (n, 2)
         crop_px = 2 * np.median(way)
         if crop_px < 1 or np.abs(2 * way - crop_px).max() > 4:  # corners are rounded
-            raise InputError(f"{self.path}: its patches do not lie around the section's spots; they "
-                             "were cut for other positions")
+            raise InputError(f"{self.path}: its patches do not lie around the section's spots; "
+                             "they were cut for other positions")
         return round(crop_px)
 
     def write(self, adata, crop_px, patch_px, path):

@@ -1,4 +1,4 @@
-"""Tissue on a slide: a small picture, where it shows tissue, and how much of each spot lies on it."""
+"""Tissue on a slide: a small picture, where it shows tissue, and each spot's share of it."""
 
 import math
 
@@ -35,7 +35,8 @@ def thumbnail(slide, mpp, limit=4096):
     height, width = (side // shrink * shrink for side in (level.height, level.width))
     bands = []
     for top in range(0, height, rows):
-        blocks = [slide.region(level, left, top, min(columns, width - left), min(rows, height - top))
+        block_height = min(rows, height - top)
+        blocks = [slide.region(level, left, top, min(columns, width - left), block_height)
                   for left in range(0, width, columns)]
         bands.append(np.concatenate([shrunk(block, shrink) for block in blocks], axis=1))
     return np.concatenate(bands), 1 / (level.downsample * shrink)
@@ -85,7 +86,7 @@ def otsu(values):
 
 
 def keep_parts(mask, least, texture=None, rough=0):
-    """The mask's connected parts of at least `least` pixels and a mean texture of at least `rough`."""
+    """The mask's connected parts of at least `least` pixels and a mean texture of `rough`."""
     labels, n = scipy.ndimage.label(mask)
     size = np.bincount(labels.ravel(), minlength=n + 1)
     keep = size >= least
