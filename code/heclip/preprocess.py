@@ -13,7 +13,7 @@ import pandas as pd
 
 from . import expression, figures, slide, sources
 from .dataset import ROOT, Dataset, Processed, patches_digest, section_digest
-from .files import InputError, atomic_path, locked, sha256, temporary_path, write_h5ad
+from .files import InputError, atomic_path, locked, sha256, write_h5ad
 from .panel import choose_panel, read_panel
 from .spots import array_of, pitch
 
@@ -159,8 +159,8 @@ def write_section(dataset, section, files, adata, processed):
     # Both get their names at the very end, one right after the other: the patches of one version
     # must not meet the expression of another.
     with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
-        scratch = temporary_path(processed.folder / f"{section.name}.slide")
-        thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches, scratch)
+        thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches,
+                                         processed.folder)
         adata.uns["patches_digest"] = patches_digest(np.load(patches, mmap_mode="r"))
         adata.uns["spatial"] = {section.name: {
             "images": {"hires": thumbnail},
