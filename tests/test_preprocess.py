@@ -892,14 +892,13 @@ def test_two_runs_at_once_do_the_work_once_and_give_the_files_of_one(
 
 def test_a_slide_is_unpacked_to_a_file_of_this_run_only(copy, monkeypatch):
     root, raw = copy
-    scratches, original = [], slide.open_slide
-    monkeypatch.setattr(slide, "open_slide", lambda path, scratch: (
-        scratches.append(scratch), original(path, scratch))[1])
+    unpacked, original = [], slide.vendor
+    monkeypatch.setattr(slide, "vendor", lambda file: (unpacked.append(file), original(file))[1])
     for _ in range(2):
         shutil.rmtree(root)
         run(raw, "--section", "B1")
-    assert len(set(scratches)) == 2
-    assert {path.suffix for path in scratches} == {".part"}
+    assert len(set(unpacked)) == 2
+    assert {path.suffix for path in unpacked} == {".part"}
     assert written(root) == {"B1.h5ad", "B1.patches.npy"}
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from heclip import slide
 from heclip.files import InputError
 from heclip.slide import SpotPatches, microns_per_pixel, open_slide
-from heclip.tissue import lattice
+from heclip.spots import lattice
 
 HEIGHT, WIDTH, SIZE = 200, 150, 32
 TALL, WIDE = 420, 300  # of whole slides
