@@ -11,7 +11,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/pytest
+	$(BIN)/pytest --cov
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
