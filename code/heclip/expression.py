@@ -14,8 +14,8 @@ def log_normalise(adata):
     the sparsity of either in place. A spot without counts stays zero and does not lower the median.
     """
     counts = adata.layers["counts"] = adata.X
-    own_copy = counts.data.astype(np.float32)
-    adata.X = scipy.sparse.csr_matrix((own_copy, counts.indices, counts.indptr), counts.shape)
+    values = counts.data.astype(np.float32)
+    adata.X = scipy.sparse.csr_matrix((values, counts.indices, counts.indptr), counts.shape)
     total = np.asarray(adata.X.sum(axis=1)).ravel()
     # The target is given because scanpy's own counts the empty spots in some versions only.
     scanpy.pp.normalize_total(adata, target_sum=np.median(total[total > 0]))

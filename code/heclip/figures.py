@@ -92,8 +92,8 @@ def umap_figure(groups, path, seed=42, title=""):
     axes.set_title(title, fontsize=10)
     handles = [Line2D([], [], linestyle="", marker="o", color=colour, label=f"{name} (n = {n:,})")
                for name, n, colour in zip(groups, sizes, colours, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(2, len(groups)), fontsize=8,
-                  frameon=False, handletextpad=0.1)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(2, len(groups)),
+                  fontsize=8, frameon=False, handletextpad=0.1)
     _save(figure, path)
 
 

@@ -48,7 +48,7 @@ def retrieve(query, reference, k=50, block=4096):
 
 
 def centre(query, sections):
-    """Subtract each section's mean from its embeddings, because stain, scanner and batch move the mean.
+    """Subtract each section's mean from its embeddings; stain, scanner and batch move that mean.
 
     query: the query's, (n, D). sections: the reference's, a list of (N_s, D). Returns (n, D), and
     the list's (N, D) as one tensor. The mean of a few patches is unreliable, so the query's mean is
