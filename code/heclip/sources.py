@@ -19,8 +19,7 @@ import scipy.io
 import scipy.sparse
 from isal import igzip, isal_zlib  # gzip, at two to three times its speed
 
-from .dataset import first_line
-from .files import InputError
+from .files import InputError, first_line
 
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 ID_COLUMNS = ["gene_ids", "gene_id"]  # names that others give to these columns of an AnnData's gene table
