@@ -19,7 +19,7 @@ from heclip import features as features_module, parallel, prediction
 from heclip.batches import SYMMETRIES, Patches, augment, encode_patches
 from heclip.checkpoint import load_checkpoint
 from heclip.dataset import Processed, Run
-from heclip.features import digest, features_of, kept
+from heclip.features import digest, features_of, saved_features
 from heclip.files import InputError, sha256
 from heclip.model import HECLIP, configure
 
@@ -146,7 +146,7 @@ def test_patches_made_again_are_encoded_again(processed, monkeypatch):
     old = np.array(make(processed, a_model()))
     write_section(processed, "A", 7, seed=1)
     model = a_model()
-    assert kept(processed, "A", model.config, digest(model.image_encoder)) is None
+    assert saved_features(processed, "A", model.config, digest(model.image_encoder)) is None
     assert computed(processed, model, monkeypatch) == 16
     assert not np.array_equal(make(processed, a_model()), old)
 
@@ -164,7 +164,7 @@ def test_kept_features_do_not_hide_that_patches_were_not_made_with_the_expressio
     processed.patches_path("A").write_bytes(patches)
     model = a_model()
     with pytest.raises(InputError, match="were not made together"):
-        kept(processed, "A", model.config, digest(model.image_encoder))
+        saved_features(processed, "A", model.config, digest(model.image_encoder))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_features_of_another_write_than_the_sidecars_are_not_used(processed, mon
     place = next((processed.folder / "features").iterdir())
     np.save(place / "A.npy", np.zeros_like(before))
     model = a_model()
-    assert kept(processed, "A", model.config, digest(model.image_encoder)) is None
+    assert saved_features(processed, "A", model.config, digest(model.image_encoder)) is None
     np.testing.assert_array_equal(make(processed, model), before)
 
 
@@ -253,10 +253,10 @@ def test_at_no_moment_of_a_write_are_the_two_files_taken_for_a_pair(processed, m
 
     @contextlib.contextmanager
     def watched(path):
-        seen.append(kept(processed, "A", model.config, weights))
+        seen.append(saved_features(processed, "A", model.config, weights))
         with atomic_path(path) as temporary:
             yield temporary
-            seen.append(kept(processed, "A", model.config, weights))
+            seen.append(saved_features(processed, "A", model.config, weights))
 
     monkeypatch.setattr(features_module, "atomic_path", watched)
     assert make(processed, model) is not None

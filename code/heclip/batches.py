@@ -1,5 +1,4 @@
-"""Processed files -> tensors on the device; the split into training and validation spots;
-augmentation."""
+"""Processed files -> tensors on the device; training and validation spots; augmentation."""
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ class Spots:
     """The spots of some sections as one set, in order: N spots, G genes, patches of P x P pixels.
 
     section: (N,) section names. xy: (N, 2) patch centres in whole full-resolution pixels, image
-    column and row. expression: float32 (N, G) on the device.
+    column and row. expression: float32 (N, G) on the device. patches: Patches of all N spots.
     """
 
     def __init__(self, processed, sections, panel, device):
@@ -37,11 +36,11 @@ class Spots:
 
 
 class Patches:
-    """Patches of several sections under one index, P x P pixels each, or their features (see
-    features.py).
+    """Patches of several sections, P x P pixels each, or their features, under one index.
 
-    They are kept on the GPU when they take at most half of its free memory; otherwise they stay in
-    their memory maps, and threads read ahead.
+    sections: arrays uint8 (n, P, P, 3), or float16 (n, 8, F) as in features.py. They are kept on
+    the GPU if they take at most half of its free memory. Otherwise they stay in their memory maps,
+    and threads read ahead.
     """
 
     def __init__(self, sections, device):
@@ -54,7 +53,7 @@ class Patches:
                                        for patches in sections])
 
     def where(self):
-        """In words: where the patches are kept."""
+        """In words: what is stored, and where it is read from."""
         size = sum(patches.nbytes for patches in self.sections) / 1e6
         what = "patches" if self.sections[0].dtype == np.uint8 else "features"
         place = "read from disk as needed" if self.resident is None else "on the GPU"
@@ -63,7 +62,7 @@ class Patches:
     def read(self, index):
         """index: (B,) int64 on the CPU -> uint8 (B, P, P, 3), or float16 (B, 8, F), on the CPU.
 
-        In pinned memory where a GPU waits for it.
+        The result is in pinned memory if the device is a GPU.
         """
         index = index.numpy()
         section = np.searchsorted(self.ends, index, side="right")
@@ -76,8 +75,10 @@ class Patches:
         return batch
 
     def stream(self, batches):
-        """Yield the rows of each index in `batches`, (B,) int64 on the CPU, as `read` does, but on
-        the device."""
+        """Yield the rows of each index in `batches` on the device, (B, P, P, 3) or (B, 8, F).
+
+        batches: a sequence of (B,) int64 on the CPU.
+        """
         if self.resident is not None:
             for index in batches:
                 yield self.resident[index.to(self.device)]
@@ -93,13 +94,13 @@ class Patches:
 
 
 def split_spots(spots, crop_px, fraction, protocol, seed):
-    """Choose validation spots; no spot is on both sides. Returns (training, validation), sorted
-    indices.
+    """Choose validation spots: sorted indices (training, validation). No spot is on both sides.
 
-    strict: the section whose share of the spots is nearest to `fraction` is left out as a whole, so
-    that a model is chosen by the task itself: to predict a section that it has not seen. Of a
-    single section, a window of tissue is left out (`split_window`). paper: a random draw over all
-    spots. crop_px: section -> side of what its patches show, in the pixels of spots.xy.
+    strict: the section whose share of the spots is nearest to `fraction` is held out as a whole, so
+    that a model is chosen by the task itself, to predict a section that it has not seen. If there
+    is only one section, a window of tissue is held out (`split_window`).
+    paper: a random draw over all spots.
+    crop_px: section -> side of what its patches show, in the pixels of spots.xy.
     """
     sections = list(dict.fromkeys(spots.section))
     everything = np.arange(len(spots))
@@ -119,10 +120,10 @@ def split_spots(spots, crop_px, fraction, protocol, seed):
 
 
 def split_window(xy, crop_px, fraction, seed):
-    """Split one section's spots, xy (n, 2): the `fraction` nearest to one drawn at random validate.
+    """Split one section's spots, xy (n, 2): the `fraction` nearest to a random spot validate.
 
-    The spots whose patches share a pixel with a patch of this window are left out of both sides.
-    Returns (training, validation), sorted indices.
+    The spots whose patches share a pixel with a patch of this window are on neither side. crop_px:
+    side of what a patch shows, in the pixels of xy. Returns (training, validation), sorted indices.
     """
     centre = xy[np.random.default_rng(seed).integers(len(xy))]
     distance = np.abs(xy - centre).max(axis=1)  # the window is a square
@@ -130,24 +131,25 @@ def split_window(xy, crop_px, fraction, seed):
     inside[np.argsort(distance, kind="stable")[:round(fraction * len(xy))]] = True
     if not inside.any():
         return np.flatnonzero(~inside), np.flatnonzero(inside)
-    # Patches overlap where their centres are closer than crop_px on both axes.
+    # Patches overlap if their centres are closer than crop_px on both axes.
     nearest, _ = cKDTree(xy[inside]).query(xy, p=np.inf)
     return np.flatnonzero(nearest >= crop_px), np.flatnonzero(inside)
 
 
 def random_turns(n, generator):
-    """For each of n patches, one of the 8 symmetries of the square, all equally likely: bool (n, 3)
-    on the CPU."""
+    """One of the square's 8 symmetries for each of n patches: bool (n, 3) on the CPU.
+
+    All are equally likely.
+    """
     return torch.randint(0, 2, (n, 3), generator=generator, dtype=torch.bool)
 
 
 def augment(patches, turns):
-    """Mirror each patch left-right, top-bottom and along its diagonal, or not, as `turns` (B, 3)
-    says.
+    """Mirror each patch left-right, top-bottom and along its diagonal, each as `turns` says.
 
-    The same as the published random flips and rotations by multiples of 90°. patches: (B, P, P, 3),
-    any device. Of features (B, 8, F), which hold all symmetries in the order of SYMMETRIES, those
-    of the one: (B, F).
+    patches: (B, P, P, 3), on any device. turns: bool (B, 3). This equals the published random flips
+    and rotations by multiples of 90°. Features (B, 8, F) hold all symmetries in the order of
+    SYMMETRIES; for these, the chosen symmetry's are returned, (B, F).
     """
     if patches.ndim == 3:
         which = (turns.long() * torch.tensor([4, 2, 1])).sum(dim=1)
@@ -161,16 +163,18 @@ def augment(patches, turns):
 
 
 def random_stains(n, generator):
-    """For each of n patches, a gain and an offset of every colour channel, -1 to 1: float (n, 2, 3)
-    on the CPU."""
+    """A gain and an offset for each colour channel of n patches: float (n, 2, 3) on the CPU.
+
+    All are between -1 and 1.
+    """
     return 2 * torch.rand(n, 2, 3, generator=generator) - 1
 
 
 def stain(patches, stains, strength):
-    """Vary the stain: each colour channel times 1 ± strength, plus up to ± 80 strength. Float (B,
-    P, P, 3), 0 to 255.
+    """Vary the stain: multiply each colour channel by 1 ± strength and add up to ± 80 strength.
 
-    Scanner and stain differ from section to section; what is to be learned does not.
+    Scanner and stain differ between sections, and the model should not depend on them. patches:
+    float (B, P, P, 3), 0 to 255. stains: as from `random_stains`, (B, 2, 3).
     """
     stains = stains.to(patches.device, non_blocking=True).transpose(0, 1)
     gain, offset = stains[:, :, None, None]  # (B, 1, 1, 3) each
@@ -178,31 +182,30 @@ def stain(patches, stains, strength):
 
 
 def random_shares(n, strength, generator):
-    """For each of n patches, its own share in what it is mixed into: Beta(strength, strength),
-    float32 (n,) on the CPU.
+    """Each patch's own share when it is mixed: Beta(strength, strength), float32 (n,), on the CPU.
 
-    Small strengths leave most pairs almost unmixed.
+    With a small strength most pairs are almost unmixed.
     """
     uniform = torch.rand(n, generator=generator, dtype=torch.float64)
     return torch.from_numpy(betaincinv(strength, strength, uniform.numpy())).float()
 
 
 def mix(rows, shares):
-    """Mixup (Zhang et al., ICLR 2018): each of B rows times its share, and for the rest the row
-    half a batch further.
+    """Mixup (Zhang et al., ICLR 2018): each row times its share, plus another row times the rest.
 
-    Between two patches, half of each, lies half of each one's expression: rows are either, (B,
-    ...).
+    The other row is half a batch away. Patches and their expression are mixed in the same way,
+    because a mixture of two patches should have the mixture of their expression.
+    rows: (B, ...), patches or expression. shares: (B,).
     """
     shares = shares.to(rows.device, non_blocking=True).view(-1, *[1] * (rows.ndim - 1))
     return shares * rows + (1 - shares) * rows.roll(len(rows) // 2, 0)
 
 
 def to_pixels(patches, config):
-    """RGB (B, P, P, 3), 0 to 255 -> what the encoder was trained on: float32 (B, 3, S, S), channels
-    last in memory.
+    """RGB patches (B, P, P, 3), 0 to 255 -> the encoder's input, float32 (B, 3, S, S).
 
-    Features (B, F) are beyond the encoder, and remain, as float32.
+    The result is channels-last in memory. Features (B, F) are the encoder's output already, and are
+    only converted to float32.
     """
     if patches.ndim == 2:
         return patches.float()
@@ -217,18 +220,20 @@ def to_pixels(patches, config):
 
 @lru_cache
 def pixel_statistics(mean, std, device):
-    """Mean and standard deviation of pixels in 0 to 255, (3, 1, 1) each. Made once: making them
-    waits for the GPU."""
+    """Mean and standard deviation of pixels in 0 to 255, (3, 1, 1) each.
+
+    They are cached because making them waits for the GPU.
+    """
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (mean, std))
 
 
 @torch.inference_mode()
 def encode_patches(model, patches, index, batch_size, views=1):
-    """Image embeddings of the patches in `index`: float32 (n, D) on their device. Nothing is
-    random.
+    """Image embeddings of the patches in `index`: float32 (n, D) on their device.
 
-    views: how many of a patch's 8 symmetries are embedded and averaged; 1 is the patch as it is.
-    The last batch is filled up, so that all have one shape and a compiled encoder is compiled once.
+    Nothing is random. views: the number of a patch's 8 symmetries whose embeddings are averaged; 1
+    is the patch as it is. The last batch is filled up, so that all have one shape and a compiled
+    encoder is compiled once.
     """
     if not len(index):
         return torch.empty(0, model.width, device=patches.device)

@@ -1,10 +1,11 @@
-"""Features of an encoder that stays as it was pretrained, computed once for each section and kept.
+"""Features of an encoder that stays as it was pretrained, computed once for each section and saved.
 
     GSE/<dataset>/processed/features/<encoder>_<S>px_<key>/<section>.npy     float16 (n_spots, 8, F)
 
-holds what the encoder makes of every patch in each of its 8 symmetries. The key stands for the
-encoder's weights and for all that is done to pixels before. <section>.json next to it records the
-patches it was made from, and the .npy itself, so that neither is ever used with another's.
+holds the encoder's features of every patch in each of its 8 symmetries. The key stands for the
+encoder's weights and for all steps that prepare its pixels. <section>.json next to it records the
+patches that the features were computed from, and the .npy file itself. So features are never used
+with other patches, nor a record with another file.
 
 Symbols: F features, S side of the encoder's input in pixels.
 """
@@ -34,7 +35,7 @@ def digest(network):
 
 
 def folder(processed, config, weights):
-    """Where the features of an encoder with this config and digest of weights are kept."""
+    """The folder of the features of an encoder with this config and digest of weights."""
     made_by = {"format": FORMAT, "weights": weights}
     for key in ("encoder", "encoder_args", "image_size", "mean", "std", "bgr"):
         made_by[key] = getattr(config, key)
@@ -43,28 +44,30 @@ def folder(processed, config, weights):
     return processed.folder / "features" / name
 
 
-def kept(processed, section, config, weights):
-    """The features of a section that are on disk, float16 (n_spots, 8, F) as a memory map, or None.
+def saved_features(processed, section, config, weights):
+    """The saved features of a section, float16 (n_spots, 8, F) as a memory map, or None.
 
-    None, too, if the section's patches have changed since, or if the file is not the one that its
-    sidecar records. That happens while another process replaces the two, or after it was killed.
+    They are None if there are none, if the section's patches have changed since, or if the file is
+    not the one that its record describes. The last happens while another process replaces the two
+    files, or after that process was killed. Raises InputError if the section's patches and
+    expression were not made together.
     """
     place = folder(processed, config, weights)
     path = place / f"{section}.npy"
     try:
         made = json.loads((place / f"{section}.json").read_text())
-        features = np.load(path, mmap_mode="r")  # before the check: what it opens is checked
+        features = np.load(path, mmap_mode="r")  # opened before the check, which is of this file
         unchanged = (is_as_recorded(path, made["features"])
                      and is_as_recorded(processed.patches_path(section), made["patches"]))
     except (OSError, ValueError, EOFError, KeyError, TypeError):  # absent, or damaged
         return None
     if unchanged:
-        processed.patches(section)  # an error, unless they were made together with the expression
+        processed.patches(section)  # an error if they were not made together with the expression
     return features if unchanged else None
 
 
 def record(path):
-    """What `is_as_recorded` needs to know a file again."""
+    """The facts by which `is_as_recorded` recognises a file."""
     size, modified = stamp(path)
     return {"bytes": size, "modified_ns": modified, "sha256": sha256(path)}
 
@@ -72,9 +75,9 @@ def record(path):
 def is_as_recorded(path, made):
     """Whether a file is the one of an earlier `record`.
 
-    Hashing reads gigabytes that are not needed otherwise (1 GB/s measured), so size and time of
-    the file are trusted where they are the same. Where they are not, as after a copy to another
-    disk, its contents decide.
+    Hashing would read gigabytes that are not needed otherwise (1 GB/s measured), so a file of the
+    same size and time is trusted. If the time differs, as after a copy to another disk, the
+    contents decide.
     """
     size, modified = stamp(path)
     if [size, modified] == [made["bytes"], made["modified_ns"]]:
@@ -83,28 +86,29 @@ def is_as_recorded(path, made):
 
 
 def stamp(path):
-    """Size and time of a file."""
+    """Size of a file in bytes, and time of its last change in ns."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def features_of(processed, section, model, weights, device, batch_size):
-    """The features of a section as `kept` gives them. What is not there is computed and kept.
+    """The features of a section as `saved_features` gives them; without any, they are computed.
 
-    model: HECLIP on the device, in evaluation mode. weights: the digest of its encoder.
-    Of several processes that need the same features, one computes them and the others wait.
+    model: HECLIP on the device, in evaluation mode. weights: the digest of its encoder. Of several
+    processes that need the same features, one computes them and the others wait.
     Raises InputError if a feature is not finite in half precision, or if the patches are replaced
     during the computation.
     """
-    features = kept(processed, section, model.config, weights)
+    features = saved_features(processed, section, model.config, weights)
     if features is not None:
         return features
     path = folder(processed, model.config, weights) / f"{section}.npy"
     with locked(path):
-        features = kept(processed, section, model.config, weights)  # made while this one waited?
+        # Another process may have saved them while this one waited.
+        features = saved_features(processed, section, model.config, weights)
         if features is None:
             compute(processed, section, model, path, device, batch_size)
-            features = kept(processed, section, model.config, weights)
+            features = saved_features(processed, section, model.config, weights)
     if features is None:
         raise InputError(f"{processed.patches_path(section)} was replaced while its features were "
                          "computed. Run again when preprocessing is done")
@@ -113,13 +117,14 @@ def features_of(processed, section, model, weights, device, batch_size):
 
 @torch.inference_mode()
 def compute(processed, section, model, path, device, batch_size):
-    """Write the features of a section to `path`, and the sidecar that makes them valid.
+    """Write the features of a section to `path`, and then the record that makes them valid.
 
-    The old sidecar does not fit the new features, so there is no moment at which the two disagree
-    and are used. Raises InputError if a feature is not finite in half precision.
+    The old record does not fit the new features, so features are never used with the wrong record.
+    Raises InputError if a feature is not finite in half precision.
     """
-    # First the record, then the patches: if they are replaced in between, the record does not fit
-    # them, and the features are not used. The other way round, they would be used for the new ones.
+    # Record the patches before opening them. If they are replaced in between, the record does not
+    # fit them, and the features are not used. In the other order, features of the old patches would
+    # be used for the new ones.
     made_from = record(processed.need(processed.patches_path(section)))
     patches = Patches([processed.patches(section)], device)
     n = len(patches.sections[0])
@@ -138,8 +143,8 @@ def compute(processed, section, model, path, device, batch_size):
             features = features.half()
             if not features.isfinite().all():
                 raise InputError(
-                    f"the features of {section} by {model.config.encoder} are not finite, or too "
-                    "large for half precision. Take --pixels standardised and the encoder's own "
+                    f"{model.config.encoder} gives features of {section} that are not finite, or "
+                    "too large for half precision. Use --pixels standardised and the encoder's own "
                     "weights")
             file.write(features.numpy().tobytes())
             bar.update(len(batch))

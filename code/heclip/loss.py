@@ -1,8 +1,7 @@
-"""The image-centric contrastive loss, and the losses it is compared with: pure functions of a
-batch's embeddings.
+"""The image-centric contrastive loss, and the losses it is compared with, as pure functions.
 
-All take image and expression embeddings, (B, D) each, and the temperature T, and return a scalar,
-computed in float32 whatever the embeddings' type.
+The contrastive losses take image and expression embeddings of a batch, (B, D) each, and the
+temperature T. All return a scalar, computed in float32 whatever the type of the embeddings.
 """
 
 import torch
@@ -13,9 +12,11 @@ def image_centric_loss(image, expression, temperature=1.0):
     """HECLIP's loss: each image finds its expression; images that look alike share their targets.
 
     With unnormalised embeddings I (`image`) and E (`expression`), both (B, D), and temperature T:
-    logits = I Eᵀ / T, targets = softmax over rows of I Iᵀ / T, loss_i = - sum_j targets_ji log
-    softmax(logits_i)_j. As published, the targets are transposed (their rows need not sum to 1) and
-    gradients flow through them. Returns the mean over i.
+    logits = I Eᵀ / T,
+    targets = softmax over rows of I Iᵀ / T,
+    loss_i = - sum_j targets_ji log softmax(logits_i)_j.
+    As published, the targets are transposed (their rows need not sum to 1), and gradients flow
+    through them. Returns the mean over i.
     """
     with torch.autocast(image.device.type, enabled=False):
         image, expression = image.float(), expression.float()
@@ -25,8 +26,10 @@ def image_centric_loss(image, expression, temperature=1.0):
 
 
 def clip_loss(image, expression, temperature):
-    """Each image finds its expression and each expression its image, by cosine (Radford et al.,
-    ICML 2021)."""
+    """Each image finds its expression and each expression its image, by cosine.
+
+    image, expression: (B, D). As in Radford et al., ICML 2021.
+    """
     with torch.autocast(image.device.type, enabled=False):
         image = F.normalize(image.float(), dim=1)
         expression = F.normalize(expression.float(), dim=1)
@@ -38,8 +41,10 @@ def clip_loss(image, expression, temperature):
 def bleep_loss(image, expression, temperature=1.0):
     """Both directions, with targets smoothed by how alike the images and the expressions are.
 
-    logits = E Iᵀ / T, targets = softmax over rows of (I Iᵀ + E Eᵀ) / 2 · T; the mean of the
-    cross-entropies of the rows and of the columns (Xie et al., NeurIPS 2023).
+    image, expression: (B, D) I and E. With
+    logits = E Iᵀ / T,
+    targets = softmax over rows of (I Iᵀ + E Eᵀ) / 2 · T,
+    it is the mean of the cross-entropies of the rows and of the columns (Xie et al., NeurIPS 2023).
     """
     with torch.autocast(image.device.type, enabled=False):
         image, expression = image.float(), expression.float()
@@ -50,7 +55,7 @@ def bleep_loss(image, expression, temperature=1.0):
 
 
 def regression_loss(predicted, expression, temperature=None):
-    """Mean squared error of the predicted expression, (B, G) each. There is no temperature."""
+    """Mean squared error of the predicted expression, (B, G) each. The temperature is not used."""
     with torch.autocast(predicted.device.type, enabled=False):
         return F.mse_loss(predicted.float(), expression.float())
 

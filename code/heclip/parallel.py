@@ -1,7 +1,7 @@
-"""Training on several processes (torchrun): who am I, and the exchange of embeddings.
+"""Training on several processes (torchrun): this process's rank, and the exchange of embeddings.
 
-R ranks, B global batch. Each rank encodes B / R spots; the loss is computed on all B, so that the
-contrastive batch is the global one whatever the number of processes.
+R ranks, B global batch. Each rank encodes B / R spots. The loss is computed on all B, so that the
+contrastive batch is the global one, whatever the number of processes.
 """
 
 import os
@@ -26,7 +26,10 @@ class Ranks(NamedTuple):
 
 
 def start(device):
-    """Join the processes that torchrun started. Returns Ranks."""
+    """Join the processes that torchrun started. Returns Ranks.
+
+    Raises InputError for several processes on a device that is neither a GPU nor the CPU.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Ranks(0, 1, device)
@@ -42,8 +45,7 @@ def start(device):
 
 
 def distribute(model, device):
-    """Average the gradients of `model` over all ranks, and batch-norm statistics where there are
-    GPUs."""
+    """Average the gradients of `model` over all ranks, and on GPUs its batch-norm statistics."""
     if not dist.is_initialized():
         return model
     if device.type == "cuda":
@@ -55,8 +57,10 @@ def distribute(model, device):
 
 
 class Gather(torch.autograd.Function):
-    """(B / R, D) of each rank -> (B, D), rank by rank; the gradient returns to the rank it belongs
-    to."""
+    """Rows of each rank, (B / R, D) -> all rows, (B, D), rank by rank.
+
+    The gradient of each row returns to its rank.
+    """
 
     @staticmethod
     def forward(ctx, rows):
@@ -66,22 +70,21 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        # Every rank computes the loss of the whole batch, so this sums R equal shares; averaging
-        # parameter gradients over ranks then divides by R, and leaves the gradient that one process
-        # would have.
+        # Every rank computes the loss of the whole batch, so this sums R equal shares. Averaging
+        # parameter gradients over ranks then divides by R. What remains is the gradient that a
+        # single process would have.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(rows):
-    """All ranks' rows, with gradient; the rows themselves on a single process."""
+    """All ranks' rows, with gradient: (B / R, D) -> (B, D). A single process gets its own rows."""
     return Gather.apply(rows) if dist.is_initialized() else rows
 
 
 def gather_interleaved(rows):
-    """All ranks' rows without gradient, put back in the order of which each rank took every R-th:
-    (n, D)."""
+    """All ranks' rows, without gradient, in the order before each rank took every R-th: (n, D)."""
     if not dist.is_initialized():
         return rows
     parts = [None] * dist.get_world_size()
@@ -93,8 +96,7 @@ def gather_interleaved(rows):
 
 
 def finish():
-    """Leave the group of processes, all together: one that leaves early can take the others
-    down."""
+    """Leave the group of processes together, because one that leaves early can stop the others."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .batches import Patches, encode_patches
 from .checkpoint import from_facts, saved_digest
-from .features import features_of, kept
+from .features import features_of, saved_features
 from .files import InputError, atomic_path, first_line
 from .retrieval import average_expression, centre, retrieve, spread
 from .spots import smooth
@@ -105,7 +105,7 @@ def embed_section(trained, processed, section, views, device, batch_size):
         weights = trained.frozen["weights"]
         patches = features_of(processed, section, network, weights, device, batch_size)
     elif trained.frozen:
-        patches = kept(processed, section, network.config, trained.frozen["weights"])
+        patches = saved_features(processed, section, network.config, trained.frozen["weights"])
     if patches is None:
         patches = processed.patches(section)
     every = torch.arange(len(patches))

@@ -17,14 +17,16 @@ from .files import InputError, atomic_path, locked, sha256, write_h5ad
 from .panel import choose_panel, read_panel
 from .spots import array_of, pitch
 
-DRAWING = threading.Lock()  # matplotlib is not made for threads
-FORMAT = 2  # of the processed files; a higher one makes every section anew
+DRAWING = threading.Lock()  # matplotlib is not thread-safe
+FORMAT = 2  # of the processed files; with a higher one every section is made again
 
 
 def prepare(dataset, raw, protocol="strict", workers=1, only=None):
     """Write the processed files of a dataset; with `only`, those of some sections, and no panel.
 
-    raw: the folder below which the sections' patterns are looked for; None where they are exact paths.
+    raw: the folder below which the sections' patterns are looked for; None if they are exact paths.
+    protocol: "paper" adds the published panel and batch correction. workers: number of processes.
+    only: section names. Raises InputError for an unknown section, or if raw files are wrong.
     """
     names = [section.name for section in dataset.sections]
     if unknown := set(only or ()) - set(names):
@@ -57,17 +59,20 @@ def prepare(dataset, raw, protocol="strict", workers=1, only=None):
 
 
 def check_own(processed, dataset, part):
-    """Raise InputError if another sample sheet made the processed files; note which sheet makes them."""
+    """Raise InputError if another sample sheet made the processed files, else record the command.
+
+    part: whether only some sections are prepared. Then a recorded command stays.
+    """
     if dataset.command is None:
         return
     path = processed.command_path
     earlier = path.read_text().strip() if path.exists() else dataset.command
     if sheet_of(earlier) != sheet_of(dataset.command):
         raise InputError(f"{processed.folder} was made from {sheet_of(earlier)}, not from "
-                         f"{sheet_of(dataset.command)}. Call this dataset otherwise with --name, or "
-                         "delete that folder")
+                         f"{sheet_of(dataset.command)}. Give this dataset another name with "
+                         "--name, or delete that folder")
     if part and path.exists():
-        return  # the command that makes all sections stays
+        return  # so that the recorded command is one that makes all sections
     with atomic_path(path) as temporary:
         temporary.write_text(dataset.command + "\n")
 
@@ -78,10 +83,11 @@ def sheet_of(text):
 
 
 def preprocess_sections(jobs, workers=1):
-    """Prepare sections; jobs are the arguments of `preprocess_section`. Returns their rows of sections.csv.
+    """Prepare sections and return their rows of sections.csv.
 
-    One process prepares two at a time, in threads: nearly all of the work is outside Python's lock, and a second
-    process would first import everything. After an error, sections that have begun are finished.
+    jobs: the arguments of each call of `preprocess_section`. A single process prepares two at a
+    time in threads, because nearly all of the work is outside Python's lock and a second process
+    would first import everything. After an error, sections that have begun are finished.
     """
     if min(workers, len(jobs)) > 1:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
@@ -94,10 +100,10 @@ def preprocess_sections(jobs, workers=1):
 
 
 def preprocess_section(dataset, section, raw, processed):
-    """One section's patches, expression and picture, unless they are up to date.
+    """Write one section's patches, expression and picture, unless they are up to date.
 
-    Of several processes that prepare the same section, one works. The others wait, and then find
-    it up to date. Returns the section's row of sections.csv.
+    Of several processes that prepare the same section, one works. The others wait, and then find it
+    up to date. Returns the section's row of sections.csv.
     Raises InputError if a raw file is missing, damaged or does not fit the others.
     """
     files = {what: sources.find(raw, getattr(section, what), f"{what} of section {section.name}")
@@ -109,7 +115,7 @@ def preprocess_section(dataset, section, raw, processed):
 
 
 def update_section(dataset, section, files, processed):
-    """What `preprocess_section` does, with its raw files found and no other process at it."""
+    """What `preprocess_section` does once its raw files are found and its lock is held."""
     earlier = read_earlier(processed, section.name)
     with ThreadPoolExecutor(1) as thread:
         described = thread.submit(describe, dataset, section, files)
@@ -135,10 +141,10 @@ def update_section(dataset, section, files, processed):
 
 
 def read_earlier(processed, section):
-    """The spots of a section as it was made earlier, or None where it must be made again.
+    """The spots of a section as it was made earlier, or None if it must be made again.
 
-    None, too, where patches and expression were not made together, as after a run that was killed
-    between giving the two their names.
+    They are None, too, if patches and expression were not made together, as after a run that was
+    killed between giving the two their names.
     """
     if not processed.section_path(section).exists() or not processed.patches_path(section).exists():
         return None
@@ -151,13 +157,13 @@ def read_earlier(processed, section):
 
 
 def write_section(dataset, section, files, adata, processed):
-    """Write a section's patches and its expression, to which the picture of the slide is added."""
+    """Write a section's expression, with the picture of its slide in it, and its patches."""
     mpp = section_mpp(section, adata, files["positions"], dataset.pitch_um)
     spot_um = dataset.spot_um * (section.pitch_um or dataset.pitch_um) / dataset.pitch_um
     section_path = processed.section_path(section.name)
     patches_path = processed.patches_path(section.name)
-    # Both get their names at the very end, one right after the other: the patches of one version
-    # must not meet the expression of another.
+    # Both get their names at the very end, one right after the other, so that the patches of one
+    # version do not meet the expression of another.
     with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
         thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches,
                                          processed.folder)
@@ -167,43 +173,51 @@ def write_section(dataset, section, files, adata, processed):
             "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
             "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
         write_h5ad(adata, h5ad)
-        for kind in ("hvg", "heg"):  # corrected from what is replaced now
+        for kind in ("hvg", "heg"):  # these were corrected from the expression replaced now
             processed.corrected_path(section.name, kind).unlink(missing_ok=True)
 
 
-
-
 def describe(dataset, section, files):
-    """All that a section's processed files depend on: the raw files' digests, and the settings."""
+    """All that a section's processed files depend on: its raw files' digests, and the settings."""
     read = list(dict.fromkeys(sources.files_of(files["counts"]) + list(files.values())))
-    names = [path.name for path in read]  # two files of one name keep their folder's, so that both are recorded
-    hashes = {path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}": sha256(path)
-              for path in read}
-    return {"format": FORMAT, "files": hashes, "n_spots": section.n_spots, "patch_px": dataset.patch_px,
-            "min_counts": dataset.min_counts, "pitch_um": section.pitch_um or dataset.pitch_um,
-            "spot_um": dataset.spot_um, "patch_um": dataset.patch_um, "mpp": section.mpp, "scale": section.scale,
+    names = [path.name for path in read]
+    digests = {}
+    for path in read:
+        # Two files with one name are recorded with their folders' names.
+        unique = names.count(path.name) == 1
+        digests[path.name if unique else f"{path.parent.name}/{path.name}"] = sha256(path)
+    return {"format": FORMAT, "files": digests, "n_spots": section.n_spots,
+            "patch_px": dataset.patch_px, "min_counts": dataset.min_counts,
+            "pitch_um": section.pitch_um or dataset.pitch_um, "spot_um": dataset.spot_um,
+            "patch_um": dataset.patch_um, "mpp": section.mpp, "scale": section.scale,
             "new_ids": hashlib.sha256(json.dumps(section.new_ids).encode()).hexdigest()}
 
 
 def read_section(dataset, section, files):
-    """Counts and positions of one section, joined, checked against its reported size, and log-normalised."""
-    print(f"{section.name}: reading {', '.join(dict.fromkeys(path.name for path in files.values()))}", flush=True)
+    """Counts and positions of one section, joined, checked and log-normalised: AnnData.
+
+    Raises InputError if the number of spots is not the reported one, or if all spots are too empty.
+    """
+    names = dict.fromkeys(path.name for path in files.values())
+    print(f"{section.name}: reading {', '.join(names)}", flush=True)
     counts, spots = sources.read_counts(files["counts"]), read_spots(section, files["positions"])
     counts.var_names = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
     adata = sources.join(counts, spots, files["counts"], files["positions"])
     if files["image"].suffix == ".h5":
         adata = slide.StoredPatches(files["image"]).of(adata)
     if section.n_spots is not None and adata.n_obs != section.n_spots:
-        raise InputError(f"section {section.name}: {files['counts']} with {files['positions']} gives {adata.n_obs} "
-                         f"spots under tissue, but {section.name} has {section.n_spots}. One of them is another "
-                         "section's file")
+        raise InputError(f"section {section.name}: {files['counts']} with {files['positions']} "
+                         f"gives {adata.n_obs} spots under tissue, but {section.name} has "
+                         f"{section.n_spots}. One of them is another section's file")
     if "symbols" in files:
-        symbols = sources.read_symbols(files["symbols"])
-        adata.var["symbol"] = symbols.reindex(adata.var_names).fillna(pd.Series(adata.var_names, adata.var_names))
+        symbols = sources.read_symbols(files["symbols"]).reindex(adata.var_names)
+        adata.var["symbol"] = symbols.fillna(pd.Series(adata.var_names, adata.var_names))
     total = np.asarray(adata.X.sum(axis=1)).ravel()
-    if total.max() < max(1, dataset.min_counts):
-        raise InputError(f"section {section.name}: no spot of {files['counts']} has {max(1, dataset.min_counts)} "
-                         f"counts or more (min_counts of dataset {dataset.name}); the fullest has {total.max()}")
+    least = max(1, dataset.min_counts)
+    if total.max() < least:
+        raise InputError(f"section {section.name}: no spot of {files['counts']} has {least} counts "
+                         f"or more (min_counts of dataset {dataset.name}); the fullest has "
+                         f"{total.max()}")
     if (enough := total >= dataset.min_counts).sum() < len(total):
         adata = adata[enough].copy()
     expression.log_normalise(adata)
@@ -219,20 +233,25 @@ def read_spots(section, path):
 
 
 def crop_size(dataset, mpp, stored, adata):
-    """The side of what a patch shows, in full-resolution pixels. stored: the patches of a section that has no image."""
+    """The side of what a patch shows, in full-resolution pixels.
+
+    stored: the patches of a section that has no image. Raises InputError if they show too little.
+    """
     if dataset.patch_um is None:
         return stored.crop_px(adata) if stored else dataset.patch_px
     crop_px = max(1, round(dataset.patch_um / mpp))
     if stored and crop_px > stored.crop_px(adata) + 1:
-        raise InputError(f"{stored.path}: its patches show {stored.crop_px(adata) * mpp:.0f} µm, less than --patch_um "
-                         f"{dataset.patch_um:g}. Give a smaller one, or the section's image")
+        raise InputError(f"{stored.path}: its patches show {stored.crop_px(adata) * mpp:.0f} µm, "
+                         f"less than --patch_um {dataset.patch_um:g}. Give a smaller one, or the "
+                         "section's image")
     return crop_px
 
 
 def write_patches(dataset, image, adata, mpp, path, scratch):
-    """Write the patches of a section's spots, cropped from its image or taken from a file of patches.
+    """Write the patches of a section's spots, from its image or from a file of patches.
 
-    Adds to adata.uns crop_px, what a patch shows in full-resolution pixels, and padded. Returns the thumbnail and its
+    Adds two entries to adata.uns: crop_px, what a patch shows in full-resolution pixels, and
+    padded, the number of patches that reach over the image's edge. Returns the thumbnail and its
     pixels per full-resolution pixel.
     """
     stored = slide.StoredPatches(image) if image.suffix == ".h5" else None
@@ -247,10 +266,11 @@ def write_patches(dataset, image, adata, mpp, path, scratch):
 
 
 def section_mpp(section, adata, positions_path, pitch_um=Dataset.pitch_um):
-    """Microns per pixel of a section's image: as stated, or from the pitch in microns and in pixels.
+    """Microns per pixel of a section's image: as stated, or found from the spots' pitch.
 
-    pitch_um: of the dataset; the section's own comes first. adata: obsm["spatial"] in pixels of the
-    image, obs with or without array_row and array_col. Raises InputError if the spots do not tell it.
+    pitch_um: that of the dataset, used if the section has none of its own. adata: obsm["spatial"]
+    in pixels of the image, obs with or without array_row and array_col. Raises InputError if the
+    pitch in pixels cannot be found from the spots.
     """
     if section.mpp:
         return section.mpp
@@ -269,7 +289,8 @@ def write_panel(dataset, processed, genes, kind, protocol):
     panel = choose_panel(kind, {name: genes[name] for name in choosing}, n_top,
                          [table.index for table in genes.values()], dataset.markers, protocol)
     if protocol == "paper":
-        for section in dataset.sections:  # first: their columns are those of the panel replaced now
+        # Removed first, because their columns are those of the panel replaced now.
+        for section in dataset.sections:
             processed.corrected_path(section.name, kind).unlink(missing_ok=True)
     panel.write(processed.panel_path(kind, protocol))
     if protocol == "paper":
@@ -277,11 +298,15 @@ def write_panel(dataset, processed, genes, kind, protocol):
 
 
 def write_corrected(dataset, processed, panel):
-    """Harmony-correct the panel's expression over all sections, as published: one file per section."""
+    """Write the panel's expression, Harmony-corrected over all sections: one file per section.
+
+    This is the published correction.
+    """
     paths = {section.name: processed.corrected_path(section.name, panel.kind)
              for section in dataset.sections}
-    own = replace(panel, protocol="strict")  # the section's own values, before any correction
-    corrected = expression.harmonise({section: processed.expression(section, own) for section in paths})
+    uncorrected = replace(panel, protocol="strict")  # for which expression is not corrected
+    corrected = expression.harmonise({section: processed.expression(section, uncorrected)
+                                      for section in paths})
     for section, path in paths.items():
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.save(file, corrected[section])
