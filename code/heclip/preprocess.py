@@ -277,8 +277,8 @@ def section_mpp(section, adata, positions_path, pitch_um=Dataset.pitch_um):
     try:
         return (section.pitch_um or pitch_um) / pitch(adata.obsm["spatial"], array_of(adata.obs))
     except ValueError as error:
-        raise InputError(f"{positions_path}: {error}. Check that this is the section's own position "
-                         "file") from None
+        raise InputError(f"{positions_path}: {error}. Check that this is the section's own "
+                         "position file") from None
 
 
 def write_panel(dataset, processed, genes, kind, protocol):
