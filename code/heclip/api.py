@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import command, sources, wholeslide
+from . import command, sources, tissue
 from .batches import encode_patches
 from .checkpoint import SAME_WIDTH, load_checkpoint
 from .dataset import Processed, Run
@@ -34,7 +34,7 @@ from .prediction import (
     predict as predict_from,
 )
 from .settings import predicting
-from .slide import THUMBNAIL
+from .slide import THUMBNAIL, SpotPatches, microns_per_pixel, open_slide, shrunk
 from .spots import array_of, lattice, pitch as spot_pitch
 
 VISIUM_UM = 100  # distance of neighbouring spots, where the reference's lie on no lattice
@@ -91,7 +91,7 @@ def predict(adata, image, model, mpp=None, **options):
             f"{lacking[0]} for one. Leave them out: adata[np.isfinite(...).all(axis=1)]")
     spots = pd.DataFrame(xy, adata.obs_names, ["x", "y"]).assign(in_tissue=True)
     if mpp is None:
-        with wholeslide.open_whole_slide(image) as slide:
+        with open_slide(image) as slide:
             known = [library["metadata"]["mpp"] for library in adata.uns.get("spatial", {}).values()
                      if isinstance(library, Mapping) and "mpp" in library.get("metadata", {})]
             if slide.mpp is None and len(known) == 1:
@@ -118,8 +118,8 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
     trained.check(processed, None)
     warn_of_widths(trained, processed)
     own = read_lattice(processed, list(trained.reference))
-    with wholeslide.open_whole_slide(image) as slide:
-        mpp = wholeslide.microns_per_pixel(slide, mpp)
+    with open_slide(image) as slide:
+        mpp = microns_per_pixel(slide, mpp)
         crop = trained.patch_um / mpp
         if crop < trained.patch_px / 2:
             warnings.warn(
@@ -127,7 +127,7 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
                 f"are enlarged to {trained.patch_px}, without the detail that the model learnt "
                 "from",
                 stacklevel=3)
-        thumbnail, scale = wholeslide.thumbnail(slide, mpp)
+        thumbnail, scale = tissue.thumbnail(slide, mpp)
         if positions is None:
             spots = spots_on_tissue(slide, thumbnail, scale, mpp, pitch or own.pitch_um,
                                     own.spot_um)
@@ -139,7 +139,7 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
         if compile:
             trained.network.image_encoder.compile()
         reference = read_reference(trained, processed, run, how, device, batch_size)
-        patches = wholeslide.SpotPatches(slide, xy, crop, trained.patch_px, device)
+        patches = SpotPatches(slide, xy, crop, trained.patch_px, device)
         order = torch.from_numpy(patches.order)
         embeddings = torch.empty(len(spots), trained.network.width)
         embeddings[order] = encode_patches(
@@ -149,7 +149,7 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
     name = name or Path(image).stem
     shrink = -(-max(thumbnail.shape) // THUMBNAIL)
     library = {
-        "images": {"hires": wholeslide.shrunk(thumbnail, shrink)},
+        "images": {"hires": shrunk(thumbnail, shrink)},
         "scalefactors": {"tissue_hires_scalef": scale / shrink,
                          "spot_diameter_fullres": own.spot_um / mpp},
         "metadata": {"mpp": mpp, "source_image_path": Path(image).name}}
@@ -240,10 +240,10 @@ def image_embeddings(trained, processed, run, section, views, device, batch_size
 def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
     """The spots of a lattice that lie on tissue. scale: thumbnail pixels per full-resolution
     pixel."""
-    tissue = wholeslide.find_tissue(thumbnail, mpp / scale)
+    found = tissue.find_tissue(thumbnail, mpp / scale)
     spots = lattice(slide.width, slide.height, pitch_um / mpp)
-    share = wholeslide.share_on_tissue(spots, tissue, scale, spot_um / mpp)
-    spots = spots[share >= wholeslide.ON_TISSUE]
+    share = tissue.share_on_tissue(spots, found, scale, spot_um / mpp)
+    spots = spots[share >= tissue.ON_TISSUE]
     if not len(spots):
         raise InputError(f"{slide.path}: no tissue found. Is it a bright-field image of a stained "
                          "section? If so, give the spots with --positions")

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -224,12 +225,35 @@ def write_h5ad(adata, path):
     import h5py
 
     with FileForHDF5(path, "w+") as file:
+        check_room(file, adata.__sizeof__() + array_bytes(adata.uns))
         try:
             with h5py.File(file, "w") as content:
                 anndata.io.write_elem(content, "/", adata)
         finally:
             if file.error:
                 raise file.error
+
+
+def check_room(file, size):
+    """Raise OSError if the disk has no room for `size` bytes in an empty, open file.
+
+    HDF5 may crash the process where a write fails, so that is better known before.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+    os.ftruncate(file.fileno(), 0)
+
+
+def array_bytes(values):
+    """Bytes of the arrays in a nested dict."""
+    if isinstance(values, Mapping):
+        return sum(map(array_bytes, values.values()))
+    return getattr(values, "nbytes", 0)
 
 
 class FileForHDF5(io.FileIO):

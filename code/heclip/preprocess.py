@@ -13,7 +13,7 @@ import pandas as pd
 
 from . import expression, figures, slide, sources
 from .dataset import ROOT, Dataset, Processed, patches_digest, section_digest
-from .files import InputError, atomic_path, locked, sha256, temporary_path, write_h5ad
+from .files import InputError, atomic_path, locked, sha256, write_h5ad
 from .panel import choose_panel, read_panel
 from .spots import array_of, pitch
 
@@ -31,7 +31,7 @@ def prepare(dataset, raw, protocol="strict", workers=1, only=None):
         raise InputError(f"--section {min(unknown)}: {dataset.name} has no such section, but "
                          f"{', '.join(names)}")
     processed = Processed(dataset.name)
-    check_own(processed, dataset)
+    check_own(processed, dataset, part=bool(only))
     jobs = [(dataset, section, raw, processed) for section in dataset.sections
             if only is None or section.name in only]
     rows = preprocess_sections(jobs, workers)
@@ -56,7 +56,7 @@ def prepare(dataset, raw, protocol="strict", workers=1, only=None):
     print(f"Look at {ROOT / 'figure' / 'QC' / dataset.name}: every spot must lie on its tissue.")
 
 
-def check_own(processed, dataset):
+def check_own(processed, dataset, part):
     """Raise InputError if another sample sheet made the processed files; note which sheet makes them."""
     if dataset.command is None:
         return
@@ -66,6 +66,8 @@ def check_own(processed, dataset):
         raise InputError(f"{processed.folder} was made from {sheet_of(earlier)}, not from "
                          f"{sheet_of(dataset.command)}. Call this dataset otherwise with --name, or "
                          "delete that folder")
+    if part and path.exists():
+        return  # the command that makes all sections stays
     with atomic_path(path) as temporary:
         temporary.write_text(dataset.command + "\n")
 
@@ -157,8 +159,8 @@ def write_section(dataset, section, files, adata, processed):
     # Both get their names at the very end, one right after the other: the patches of one version
     # must not meet the expression of another.
     with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
-        scratch = temporary_path(processed.folder / f"{section.name}.slide")
-        thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches, scratch)
+        thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches,
+                                         processed.folder)
         adata.uns["patches_digest"] = patches_digest(np.load(patches, mmap_mode="r"))
         adata.uns["spatial"] = {section.name: {
             "images": {"hires": thumbnail},

@@ -10,7 +10,6 @@ import csv
 import json
 import re
 import shutil
-import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -519,13 +518,12 @@ def inspect(section, cut, problems, notes):
             facts["inside"] = f"{with_patch.n_obs} of {adata.n_obs}"
             adata = with_patch
     elif section.image:
-        with collecting(problems, name), tempfile.TemporaryDirectory() as scratch:
-            with slide.open_slide(section.image, Path(scratch) / "slide") as opened:
-                facts["image"] = f"{opened.width} x {opened.height}"
-                if spots is not None:
-                    xy = spots.loc[spots["in_tissue"], ["x", "y"]].to_numpy()
-                    facts["inside"] = f"{len(xy) - slide.outside(opened, xy).sum()} of {len(xy)}"
-                    check_spots_inside(section, opened, xy)
+        with collecting(problems, name), slide.open_slide(section.image) as opened:
+            facts["image"] = f"{opened.width} x {opened.height}"
+            if spots is not None:
+                xy = spots.loc[spots["in_tissue"], ["x", "y"]].to_numpy()
+                facts["inside"] = f"{len(xy) - slide.outside(opened, xy).sum()} of {len(xy)}"
+                check_spots_inside(section, opened, xy)
     if adata is not None:
         with collecting(problems, name):
             total = np.asarray(adata.X.sum(axis=1)).ravel()
