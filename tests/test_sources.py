@@ -1,4 +1,4 @@
-"""sources.py: every raw format gives the same spots x genes table, and a broken file is named."""
+"""sources.py: every raw format gives the same spots x genes table; a broken file is named."""
 
 import gzip
 import importlib
@@ -17,13 +17,17 @@ from heclip import sources
 from heclip.files import InputError
 from heclip.spots import array_of, pitch
 
-# ------------------------------------------------------------------------- raw files as others publish them
+# ----------------------------------------------------------------- raw files as others publish them
 
 
 def a_matrix(n_spots=7, n_genes=5, seed=0):
-    """Counts (spots x genes), barcodes, gene ids and symbols; the symbol MATR3 occurs twice, as in GRCh38."""
+    """Counts (spots x genes), barcodes, gene ids and symbols.
+
+    The symbol MATR3 occurs twice, as in GRCh38.
+    """
     counts = np.random.default_rng(seed).poisson(2, (n_spots, n_genes))
-    barcodes = [f"{letters}ACGT-1" for letters in ("TTG", "AAC", "CGA", "GAT", "ACA", "TGC", "CCT", "GGG")[:n_spots]]
+    barcodes = [f"{letters}ACGT-1"
+                for letters in ("TTG", "AAC", "CGA", "GAT", "ACA", "TGC", "CCT", "GGG")[:n_spots]]
     symbols = ["MATR3" if i in (1, 3) else f"GENE{i}" for i in range(n_genes)]
     return counts, barcodes, [f"ENSG{i:05d}" for i in range(n_genes)], symbols
 
@@ -44,43 +48,56 @@ def mtx_text(counts):
                       f"{len(counts[0])} {len(counts)} {len(lines)}", *lines, ""])
 
 
-def write_mtx(folder, counts, barcodes, ids, symbols, kinds=None, prefix="", suffix="", features="features.tsv"):
-    """The trio matrix.mtx, barcodes.tsv and features.tsv. Returns the path of the matrix."""
+def write_mtx(folder, counts, barcodes, ids, symbols, kinds=None, prefix="", suffix="",
+              features="features.tsv"):
+    """Write the trio matrix.mtx, barcodes.tsv and features.tsv. Returns the matrix's path."""
     kinds = ["Gene Expression"] * len(ids) if kinds is None else kinds
     columns = (ids, symbols) if features == "genes.tsv" else (ids, symbols, kinds)
     rows = zip(*columns, strict=True)
-    write_text(folder / f"{prefix}barcodes.tsv{suffix}", "".join(f"{barcode}\n" for barcode in barcodes))
-    write_text(folder / f"{prefix}{features}{suffix}", "".join("\t".join(row) + "\n" for row in rows))
+    write_text(folder / f"{prefix}barcodes.tsv{suffix}",
+               "".join(f"{barcode}\n" for barcode in barcodes))
+    write_text(folder / f"{prefix}{features}{suffix}",
+               "".join("\t".join(row) + "\n" for row in rows))
     return write_text(folder / f"{prefix}matrix.mtx{suffix}", mtx_text(counts))
 
 
 def write_h5(path, counts, barcodes, ids, symbols, kinds=None, genome=None):
-    """A 10x HDF5 matrix, compressed sparse columns of genes x spots; `genome` writes the layout before version 3."""
+    """Write a 10x HDF5 matrix: compressed sparse columns of genes x spots.
+
+    genome: write the layout before version 3, under this name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     matrix = scipy.sparse.csc_matrix(np.asarray(counts).T)
-    text = np.array(["Gene Expression"] * len(ids) if kinds is None else kinds, "S")
+    kinds = np.array(["Gene Expression"] * len(ids) if kinds is None else kinds, "S")
     with h5py.File(path, "w") as file:
         group = file.create_group(genome or "matrix")
-        group["data"], group["indices"] = matrix.data.astype(np.int32), matrix.indices.astype(np.int64)
-        group["indptr"], group["shape"] = matrix.indptr.astype(np.int64), np.array(matrix.shape, np.int32)
+        group["data"] = matrix.data.astype(np.int32)
+        group["indices"] = matrix.indices.astype(np.int64)
+        group["indptr"] = matrix.indptr.astype(np.int64)
+        group["shape"] = np.array(matrix.shape, np.int32)
         group["barcodes"] = np.array(barcodes, "S")
         if genome:
-            group["genes"], group["gene_names"] = np.array(ids, "S"), np.array(symbols, "S")
+            group["genes"] = np.array(ids, "S")
+            group["gene_names"] = np.array(symbols, "S")
         else:
             features = group.create_group("features")
-            features["id"], features["name"] = np.array(ids, "S"), np.array(symbols, "S")
-            features["feature_type"], features["genome"] = text, np.array(["GRCh38"] * len(ids), "S")
+            features["id"] = np.array(ids, "S")
+            features["name"] = np.array(symbols, "S")
+            features["feature_type"] = kinds
+            features["genome"] = np.array(["GRCh38"] * len(ids), "S")
     return path
 
 
 def write_st(path, counts, barcodes, ids):
-    """A legacy Spatial Transcriptomics table, as pandas and R write it."""
-    return write_text(path, "".join("\t".join(map(str, row)) + "\n" for row in [
-        ["", *ids], *([barcode, *values] for barcode, values in zip(barcodes, counts, strict=True))]))
+    """Write a legacy Spatial Transcriptomics table, as pandas and R do."""
+    rows = [["", *ids]]
+    rows += [[barcode, *values] for barcode, values in zip(barcodes, counts, strict=True)]
+    return write_text(path, "".join("\t".join(map(str, row)) + "\n" for row in rows))
 
 
 POSITIONS = pd.DataFrame({
-    "barcode": ["AAC-1", "CGA-1", "TTG-1"], "in_tissue": [0, 1, 1], "array_row": [0, 1, 2], "array_col": [4, 7, 10],
+    "barcode": ["AAC-1", "CGA-1", "TTG-1"], "in_tissue": [0, 1, 1],
+    "array_row": [0, 1, 2], "array_col": [4, 7, 10],
     "pxl_row_in_fullres": [100, 210, 320], "pxl_col_in_fullres": [1000, 1300, 1600]})
 
 
@@ -104,22 +121,24 @@ def assert_holds(adata, counts, barcodes, ids, symbols):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("prefix", ["", "GSM7845914_PSC011_A1_VISIUM_"])
 @pytest.mark.parametrize("features", ["features.tsv", "genes.tsv"])
-def test_a_trio_is_read_plain_or_zipped_with_any_prefix_and_either_gene_table(tmp_path, suffix, prefix, features):
+def test_a_trio_is_read_plain_or_zipped_with_any_prefix_and_either_gene_table(
+        tmp_path, suffix, prefix, features):
     matrix = a_matrix()
     path = write_mtx(tmp_path, *matrix, prefix=prefix, suffix=suffix, features=features)
     assert_holds(sources.read_counts(path), *matrix)
 
 
-def test_a_zipped_matrix_may_lie_beside_plain_tables(tmp_path):
+def test_a_zipped_matrix_may_lie_next_to_plain_tables(tmp_path):
     counts, *names = a_matrix()
     write_mtx(tmp_path, counts, *names).unlink()
-    assert_holds(sources.read_counts(write_text(tmp_path / "matrix.mtx.gz", mtx_text(counts))), counts, *names)
+    path = write_text(tmp_path / "matrix.mtx.gz", mtx_text(counts))
+    assert_holds(sources.read_counts(path), counts, *names)
 
 
 def test_a_trio_never_takes_the_tables_of_a_neighbour_with_another_prefix(tmp_path):
     one, two = a_matrix(seed=1), a_matrix(seed=2)
     two = (two[0], two[1][::-1], *two[2:])
-    paths = [write_mtx(tmp_path, *matrix, prefix=prefix) for matrix, prefix in ((one, "A_"), (two, "B_"))]
+    paths = [write_mtx(tmp_path, *one, prefix="A_"), write_mtx(tmp_path, *two, prefix="B_")]
     for path, matrix in zip(paths, (one, two), strict=True):
         assert_holds(sources.read_counts(path), *matrix)
 
@@ -146,18 +165,23 @@ def test_a_10x_h5_is_read_in_both_its_layouts(tmp_path, genome):
     assert_holds(sources.read_counts(write_h5(tmp_path / "a.h5", *matrix, genome=genome)), *matrix)
 
 
-@pytest.mark.parametrize("write", [lambda folder, *a: write_mtx(folder, *a), lambda folder, *a: write_mtx(
-    folder, *a, suffix=".gz"), lambda folder, *a: write_h5(folder / "a.h5", *a)], ids=["mtx", "mtx.gz", "h5"])
+@pytest.mark.parametrize("write", [
+    lambda folder, *a: write_mtx(folder, *a),
+    lambda folder, *a: write_mtx(folder, *a, suffix=".gz"),
+    lambda folder, *a: write_h5(folder / "a.h5", *a),
+], ids=["mtx", "mtx.gz", "h5"])
 def test_antibodies_are_not_genes(tmp_path, write):
     counts, barcodes, ids, symbols = a_matrix()
-    kinds = ["Gene Expression", "Antibody Capture", "Gene Expression", "Gene Expression", "Antibody Capture"]
+    gene, antibody = "Gene Expression", "Antibody Capture"
+    path = write(tmp_path, counts, barcodes, ids, symbols, [gene, antibody, gene, gene, antibody])
     genes = [0, 2, 3]
-    assert_holds(sources.read_counts(write(tmp_path, counts, barcodes, ids, symbols, kinds)),
-                 counts[:, genes], barcodes, [ids[i] for i in genes], [symbols[i] for i in genes])
+    assert_holds(sources.read_counts(path), counts[:, genes], barcodes,
+                 [ids[i] for i in genes], [symbols[i] for i in genes])
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("corner", [True, False], ids=["header with a corner", "header of genes only"])
+@pytest.mark.parametrize("corner", [True, False],
+                         ids=["header with a corner", "header of genes only"])
 def test_an_st_table_is_read(tmp_path, suffix, corner):
     counts, _, ids, _ = a_matrix()
     barcodes = [f"{x}x{x + 2}" for x in range(7)]
@@ -172,7 +196,8 @@ def test_an_st_table_is_read(tmp_path, suffix, corner):
 def test_an_st_table_that_r_wrote_with_quotes_has_none_in_its_names(tmp_path):
     counts, _, ids, _ = a_matrix()
     barcodes = [f"{x}x{x + 2}" for x in range(7)]
-    path = write_st(tmp_path / "MOB1.tsv", counts, [f'"{b}"' for b in barcodes], [f'"{i}"' for i in ids])
+    path = write_st(tmp_path / "MOB1.tsv", counts, [f'"{b}"' for b in barcodes],
+                    [f'"{i}"' for i in ids])
     assert_holds(sources.read_counts(path), counts, barcodes, ids, ids)
 
 
@@ -185,7 +210,8 @@ def test_a_matrix_that_is_empty_for_a_spot_keeps_the_spot(tmp_path):
 def test_a_matrix_stays_sparse_from_the_file_to_the_join(tmp_path, monkeypatch):
     counts, barcodes, ids, symbols = a_matrix()
     path = write_mtx(tmp_path, counts, barcodes, ids, symbols)
-    spots = pd.DataFrame({"in_tissue": True, "array_row": 0, "array_col": 0, "x": 0.0, "y": 0.0}, index=barcodes)
+    spots = pd.DataFrame({"in_tissue": True, "array_row": 0, "array_col": 0, "x": 0.0, "y": 0.0},
+                         index=barcodes)
 
     def forbidden(*args, **kwargs):
         raise AssertionError("the matrix was made dense")
@@ -202,19 +228,25 @@ def test_a_matrix_stays_sparse_from_the_file_to_the_join(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("damage", "says"), [
     (lambda folder: (folder / "matrix.mtx").unlink(), "matrix.mtx is missing"),
-    (lambda folder: (folder / "barcodes.tsv").unlink(), "barcodes.tsv is missing; it must lie beside matrix.mtx"),
-    (lambda folder: (folder / "features.tsv").unlink(), "features.tsv is missing; it must lie beside matrix.mtx"),
+    (lambda folder: (folder / "barcodes.tsv").unlink(),
+     "barcodes.tsv is missing; it must lie next to matrix.mtx"),
+    (lambda folder: (folder / "features.tsv").unlink(),
+     "features.tsv is missing; it must lie next to matrix.mtx"),
     (lambda folder: (folder / "matrix.mtx").write_text(""), "matrix.mtx is damaged or incomplete"),
-    (lambda folder: (folder / "matrix.mtx").write_text("<html>404</html>"), "matrix.mtx is damaged or incomplete"),
+    (lambda folder: (folder / "matrix.mtx").write_text("<html>404</html>"),
+     "matrix.mtx is damaged or incomplete"),
     (lambda folder: (folder / "matrix.mtx").write_text(mtx_text(a_matrix()[0])[:-20]),
      "matrix.mtx is damaged or incomplete"),
-    (lambda folder: (folder / "barcodes.tsv").write_text(""), "barcodes.tsv is damaged or incomplete"),
-    (lambda folder: (folder / "features.tsv").write_bytes(b"\xff\xfe\x00\x01"), "features.tsv is damaged"),
+    (lambda folder: (folder / "barcodes.tsv").write_text(""),
+     "barcodes.tsv is damaged or incomplete"),
+    (lambda folder: (folder / "features.tsv").write_bytes(b"\xff\xfe\x00\x01"),
+     "features.tsv is damaged"),
     (lambda folder: (folder / "barcodes.tsv").write_text("AAC-1\nCGA-1\n"),
      "matrix.mtx: 5 x 7 entries, but features.tsv has 5 genes and barcodes.tsv 2 barcodes"),
-    (lambda folder: (folder / "features.tsv").write_text("ENSG1\tA\tGene Expression\n"), "features.tsv has 1 genes"),
-], ids=["no matrix", "no barcodes", "no features", "empty matrix", "a web page", "cut matrix", "empty barcodes",
-        "binary features", "fewer barcodes", "fewer features"])
+    (lambda folder: (folder / "features.tsv").write_text("ENSG1\tA\tGene Expression\n"),
+     "features.tsv has 1 genes"),
+], ids=["no matrix", "no barcodes", "no features", "empty matrix", "a web page", "cut matrix",
+        "empty barcodes", "binary features", "fewer barcodes", "fewer features"])
 def test_a_broken_trio_is_an_error_that_names_the_file(tmp_path, damage, says):
     path = write_mtx(tmp_path, *a_matrix())
     damage(tmp_path)
@@ -262,7 +294,8 @@ def test_any_damage_inside_a_gzip_is_an_input_error(tmp_path, seed):
         sources.read_counts(path)
 
 
-@pytest.mark.parametrize("damage", [cut, not_zipped, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+@pytest.mark.parametrize("damage", [
+    cut, not_zipped, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
 def test_a_broken_h5_is_an_error_that_names_the_file(tmp_path, damage):
     path = write_h5(tmp_path / "151507_filtered_feature_bc_matrix.h5", *a_matrix())
     damage(path)
@@ -280,7 +313,8 @@ def test_an_hdf5_file_that_is_no_matrix_is_an_error_that_names_the_file(tmp_path
 
 @pytest.mark.parametrize(("values", "says"), [
     ([[1.5, 2.0]], "not counts"), ([[-1, 2]], "not counts"), ([[np.nan, 1.0]], "values are empty"),
-    ([[np.inf, 1.0]], "not counts"), ([[3e9, 1.0]], "not counts")], ids=["fraction", "negative", "nan", "inf", "huge"])
+    ([[np.inf, 1.0]], "not counts"), ([[3e9, 1.0]], "not counts"),
+], ids=["fraction", "negative", "nan", "inf", "huge"])
 @pytest.mark.parametrize("kind", ["mtx", "st"])
 def test_values_that_are_no_counts_are_an_error(tmp_path, values, says, kind):
     if kind == "mtx":
@@ -294,12 +328,16 @@ def test_values_that_are_no_counts_are_an_error(tmp_path, values, says, kind):
 
 def test_whole_numbers_written_as_decimals_are_counts(tmp_path):
     counts, *names = a_matrix()
-    assert_holds(sources.read_counts(write_mtx(tmp_path, counts.astype(float), *names)), counts, *names)
+    path = write_mtx(tmp_path, counts.astype(float), *names)
+    assert_holds(sources.read_counts(path), counts, *names)
 
 
-@pytest.mark.filterwarnings("error:.*names are not unique")  # the error says it; a warning beside it would only hide it
-@pytest.mark.parametrize("write", [lambda folder, *a: write_mtx(folder, *a), lambda folder, *a: write_h5(
-    folder / "a.h5", *a), lambda folder, c, b, i, s: write_st(folder / "a.tsv", c, b, i)], ids=["mtx", "h5", "st"])
+@pytest.mark.filterwarnings("error:.*names are not unique")  # the InputError is enough
+@pytest.mark.parametrize("write", [
+    lambda folder, *a: write_mtx(folder, *a),
+    lambda folder, *a: write_h5(folder / "a.h5", *a),
+    lambda folder, c, b, i, s: write_st(folder / "a.tsv", c, b, i),
+], ids=["mtx", "h5", "st"])
 @pytest.mark.parametrize("twice", ["barcode", "gene id"])
 def test_a_name_that_occurs_twice_is_an_error(tmp_path, write, twice):
     counts, barcodes, ids, symbols = a_matrix()
@@ -310,7 +348,8 @@ def test_a_name_that_occurs_twice_is_an_error(tmp_path, write, twice):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda text: text[:len(text) - 3], lambda text: text.replace("\t1", "\tone", 1), lambda text: "", lambda text: "\n",
+    lambda text: text[:len(text) - 3], lambda text: text.replace("\t1", "\tone", 1),
+    lambda text: "", lambda text: "\n",
     lambda text: "<html>404</html>\n", lambda text: text.split("\n")[0] + "\n",
 ], ids=["cut in its last row", "a word", "empty", "blank", "a web page", "header only"])
 def test_a_broken_st_table_is_an_error_that_names_the_file(tmp_path, damage):
@@ -322,7 +361,8 @@ def test_a_broken_st_table_is_an_error_that_names_the_file(tmp_path, damage):
 
 
 def test_a_file_of_an_unknown_kind_is_an_error_that_lists_the_known(tmp_path):
-    with pytest.raises(InputError, match=r"counts\.csv: not a count matrix of a known kind .*mtx.*h5.*tsv"):
+    with pytest.raises(InputError,
+                       match=r"counts\.csv: not a count matrix of a known kind .*mtx.*h5.*tsv"):
         sources.read_counts(tmp_path / "counts.csv")
 
 
@@ -330,10 +370,12 @@ def test_a_file_of_an_unknown_kind_is_an_error_that_lists_the_known(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "header"), [
-    ("tissue_positions_list.csv", False), ("tissue_positions_list.txt", False), ("tissue_positions.csv", True),
-    ("tissue_positions_list.csv", True), ("tissue_positions_list.csv.gz", False), ("tissue_positions.csv.gz", True)])
+    ("tissue_positions_list.csv", False), ("tissue_positions_list.txt", False),
+    ("tissue_positions.csv", True), ("tissue_positions_list.csv", True),
+    ("tissue_positions_list.csv.gz", False), ("tissue_positions.csv.gz", True)])
 @pytest.mark.parametrize("pixels", [int, float])
-def test_space_ranger_positions_are_told_by_their_content(tmp_path, name, header, pixels):
+def test_the_version_of_space_ranger_positions_is_determined_from_their_content(
+        tmp_path, name, header, pixels):
     table = POSITIONS.copy()
     pixel_columns = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
     table[pixel_columns] = table[pixel_columns].astype(pixels) + (0.25 if pixels is float else 0)
@@ -348,9 +390,10 @@ def test_space_ranger_positions_are_told_by_their_content(tmp_path, name, header
 
 
 def test_headed_positions_are_read_by_the_header_not_by_the_place(tmp_path):
-    swapped = POSITIONS[["barcode", "in_tissue", "array_col", "array_row", "pxl_col_in_fullres", "pxl_row_in_fullres"]]
-    one, two = (sources.read_positions(write_positions(tmp_path / name, table, header=True))
-                for name, table in (("one.csv", POSITIONS), ("two.csv", swapped)))
+    swapped = POSITIONS[["barcode", "in_tissue", "array_col", "array_row", "pxl_col_in_fullres",
+                         "pxl_row_in_fullres"]]
+    one = sources.read_positions(write_positions(tmp_path / "one.csv", POSITIONS, header=True))
+    two = sources.read_positions(write_positions(tmp_path / "two.csv", swapped, header=True))
     pd.testing.assert_frame_equal(one, two)
 
 
@@ -378,8 +421,8 @@ def test_an_alignment_table_is_read(tmp_path, suffix):
     (lambda text: text.replace(",7,", ",,"), "the line of CGA-1 is incomplete"),
     (lambda text: text.replace("CGA", "TTG"), "barcode TTG-1 occurs more than once"),
     (lambda text: "barcode,in_tissue,row,col,y,x\n" + text, "array_row"),
-], ids=["empty", "a web page", "semicolons", "cut", "a word", "a gap", "infinite", "no column", "barcode twice",
-        "foreign header"])
+], ids=["empty", "a web page", "semicolons", "cut", "a word", "a gap", "infinite", "no column",
+        "barcode twice", "foreign header"])
 def test_a_broken_position_file_is_an_error_that_names_the_file(tmp_path, damage, says):
     path = write_positions(tmp_path / "tissue_positions_list.csv")
     path.write_text(damage(path.read_text()))
@@ -394,7 +437,8 @@ def test_a_missing_position_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("gene_id\tgene_name\nE1\tA\nE1\tB\n", "E1 occurs more than once"), ("id\tname\nE1\tA\n", "gene_id"), ("", ""),
+    ("gene_id\tgene_name\nE1\tA\nE1\tB\n", "E1 occurs more than once"),
+    ("id\tname\nE1\tA\n", "gene_id"), ("", ""),
 ], ids=["gene twice", "foreign header", "empty"])
 def test_a_broken_symbol_table_is_an_error_that_names_the_file(tmp_path, text, says):
     path = write_text(tmp_path / "genes.tsv", text)
@@ -403,7 +447,8 @@ def test_a_broken_symbol_table_is_an_error_that_names_the_file(tmp_path, text, s
 
 
 def test_symbols_are_read_by_id_and_none_is_taken_for_a_missing_value(tmp_path):
-    path = write_text(tmp_path / "genes.tsv.gz", "gene_id\tgene_type\tgene_name\nE1\tTEC\tNA\nE2\tTEC\tPenk\n")
+    path = write_text(tmp_path / "genes.tsv.gz",
+                      "gene_id\tgene_type\tgene_name\nE1\tTEC\tNA\nE2\tTEC\tPenk\n")
     assert sources.read_symbols(path).to_dict() == {"E1": "NA", "E2": "Penk"}
 
 
@@ -411,10 +456,11 @@ def test_symbols_are_read_by_id_and_none_is_taken_for_a_missing_value(tmp_path):
 
 
 def spots_for(barcodes, in_tissue):
-    """Positions whose every number tells the barcode's place in `barcodes`."""
+    """Positions in which every number is determined from the barcode's place in `barcodes`."""
     i = np.arange(len(barcodes))
-    return pd.DataFrame({"in_tissue": in_tissue, "array_row": i, "array_col": 2 * i, "x": 10.0 * i, "y": 100.0 * i},
-                        index=pd.Index(barcodes, name="barcode"))
+    columns = {"in_tissue": in_tissue, "array_row": i, "array_col": 2 * i,
+               "x": 10.0 * i, "y": 100.0 * i}
+    return pd.DataFrame(columns, index=pd.Index(barcodes, name="barcode"))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -427,7 +473,8 @@ def test_an_unfiltered_matrix_in_another_order_is_joined_by_barcode(tmp_path, se
 
     adata = sources.join(sources.read_counts(path), spots, path, path)
 
-    expected = [barcode for barcode in barcodes if spots.loc[barcode, "in_tissue"]]  # the matrix's order
+    # In the matrix's order.
+    expected = [barcode for barcode in barcodes if spots.loc[barcode, "in_tissue"]]
     assert adata.obs_names.tolist() == expected
     for row, barcode in enumerate(expected):
         np.testing.assert_array_equal(adata.X[row].toarray()[0], counts[barcodes.index(barcode)])
@@ -440,19 +487,23 @@ def test_an_unfiltered_matrix_in_another_order_is_joined_by_barcode(tmp_path, se
 def test_a_filtered_matrix_joins_positions_of_the_whole_array(tmp_path):
     counts, barcodes, ids, symbols = a_matrix()
     path = write_mtx(tmp_path, counts[:4], barcodes[:4], ids, symbols)
-    adata = sources.join(sources.read_counts(path), spots_for(barcodes, np.arange(7) < 4), path, path)
+    spots = spots_for(barcodes, np.arange(7) < 4)
+    adata = sources.join(sources.read_counts(path), spots, path, path)
     assert adata.obs_names.tolist() == barcodes[:4]
 
 
 def test_a_spot_under_tissue_that_the_matrix_lacks_is_an_error_naming_both_files(tmp_path):
     counts, barcodes, ids, symbols = a_matrix()
     path = write_mtx(tmp_path, counts[:4], barcodes[:4], ids, symbols)
-    with pytest.raises(InputError, match=r"matrix\.mtx lacks 3 of the 7 spots that positions\.csv has under tissue"):
-        sources.join(sources.read_counts(path), spots_for(barcodes, True), "matrix.mtx", "positions.csv")
+    counts = sources.read_counts(path)
+    with pytest.raises(InputError, match=r"matrix\.mtx lacks 3 of the 7 spots that "
+                                         r"positions\.csv has under tissue"):
+        sources.join(counts, spots_for(barcodes, True), "matrix.mtx", "positions.csv")
 
 
 def test_no_spot_under_tissue_is_an_error_naming_the_position_file():
-    counts = anndata.AnnData(scipy.sparse.csr_matrix((1, 1), dtype=np.int32), obs=pd.DataFrame(index=["A"]))
+    counts = anndata.AnnData(scipy.sparse.csr_matrix((1, 1), dtype=np.int32),
+                             obs=pd.DataFrame(index=["A"]))
     with pytest.raises(InputError, match=r"positions\.csv: no spot is under tissue"):
         sources.join(counts, spots_for(["A"], False), "matrix.mtx", "positions.csv")
 
@@ -467,7 +518,8 @@ def touch(folder, *names):
 
 def test_the_first_pattern_with_a_match_wins(tmp_path):
     touch(tmp_path, "b/list_1.csv", "a/other.csv")
-    assert sources.find(tmp_path, ["a/none.csv", "b/list_*.csv", "a/*.csv"], "positions") == tmp_path / "b/list_1.csv"
+    patterns = ["a/none.csv", "b/list_*.csv", "a/*.csv"]
+    assert sources.find(tmp_path, patterns, "positions") == tmp_path / "b/list_1.csv"
     assert sources.find(tmp_path, ["a/*.csv", "b/*.csv"], "positions") == tmp_path / "a/other.csv"
 
 
@@ -480,14 +532,16 @@ def test_a_zipped_file_is_found_and_a_plain_one_preferred(tmp_path):
 
 def test_two_files_for_one_pattern_are_an_error_that_lists_them(tmp_path):
     touch(tmp_path, "old/x.csv", "x.csv")
-    with pytest.raises(InputError, match=r"2 files match \*\*/x\.csv for the positions: old/x\.csv, x\.csv\. Keep one"):
+    with pytest.raises(InputError, match=r"2 files match \*\*/x\.csv for the positions: "
+                                         r"old/x\.csv, x\.csv\. Keep one"):
         sources.find(tmp_path, ["**/x.csv"], "positions")
 
 
-def test_a_wrong_folder_and_a_missing_file_are_told_apart(tmp_path):
+def test_a_wrong_folder_and_a_missing_file_are_different_errors(tmp_path):
     with pytest.raises(InputError, match=r"nowhere is not a folder.*--raw"):
         sources.find(tmp_path / "nowhere", ["x.csv"], "positions")
-    with pytest.raises(InputError, match=r"no positions of section A found; looked for x\.csv and y\.csv.*--raw"):
+    with pytest.raises(InputError, match=r"no positions of section A found; "
+                                         r"looked for x\.csv and y\.csv.*--raw"):
         sources.find(tmp_path, ["x.csv", "y.csv"], "positions of section A")
 
 
@@ -497,14 +551,15 @@ def test_a_folder_that_matches_is_not_taken_for_the_file(tmp_path):
         sources.find(tmp_path, ["**/x.csv"], "positions")
 
 
-# ------------------------------------------------------------------------- AnnData, parquet, and genes alone
+# ---------------------------------------------------------------- AnnData, parquet, and genes alone
 
 
 def an_anndata(seed=0, **obs):
     """A matrix of 7 spots with everything that spots need; obs: further columns."""
     counts, barcodes, ids, symbols = a_matrix(seed=seed)
     table = spots_for(barcodes, True)
-    adata = anndata.AnnData(scipy.sparse.csc_matrix(counts.astype(np.float32)), obs=pd.DataFrame(obs, index=barcodes),
+    adata = anndata.AnnData(scipy.sparse.csc_matrix(counts.astype(np.float32)),
+                            obs=pd.DataFrame(obs, index=barcodes),
                             var=pd.DataFrame({"gene_name": symbols}, index=ids))
     adata.obsm["spatial"] = table[["x", "y"]].to_numpy()
     return adata, (counts, barcodes, ids, symbols)
@@ -521,34 +576,39 @@ def test_an_anndata_is_read_as_counts(tmp_path, matrix):
     assert_holds(sources.read_counts(tmp_path / "a.h5ad"), *expected)
 
 
-def test_an_anndata_of_normalised_values_is_told_where_counts_are_looked_for(tmp_path):
+def test_normalised_values_in_an_anndata_are_an_error_that_says_where_counts_belong(tmp_path):
     adata, _ = an_anndata()
     adata.X = adata.X.log1p()
     adata.write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(InputError, match=r'a\.h5ad: holds values that are not counts.*in layers\["counts"\] or X'):
+    with pytest.raises(InputError, match=r"a\.h5ad: holds values that are not counts.*"
+                                         r'in layers\["counts"\] or X'):
         sources.read_counts(tmp_path / "a.h5ad")
 
 
 @pytest.mark.parametrize("read", [sources.read_counts, sources.read_genes, sources.read_positions])
-@pytest.mark.parametrize("damage", [cut, lambda path: path.unlink(), lambda path: write_h5(path, *a_matrix())])
+@pytest.mark.parametrize("damage", [
+    cut, lambda path: path.unlink(), lambda path: write_h5(path, *a_matrix())])
 def test_a_broken_anndata_is_an_error_that_names_the_file(tmp_path, read, damage):
     path = tmp_path / "a.h5ad"
     an_anndata()[0].write_h5ad(path)
     damage(path)
-    with pytest.raises(InputError, match=re.escape(str(path)) + " is (damaged|missing|HDF5, but not an AnnData)"):
+    says = " is (damaged|missing|HDF5, but not an AnnData)"
+    with pytest.raises(InputError, match=re.escape(str(path)) + says):
         read(path)
 
 
-@pytest.mark.parametrize(("in_tissue", "kept"), [
+@pytest.mark.parametrize(("in_tissue", "n_in_tissue"), [
     ([1, 0, 1, 1, 1, 1, 1], 6), ([True, False] * 3 + [True], 4),
-    (pd.Categorical(["0", "1", "1", "0", "1", "1", "1"]), 5), ([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 1), (None, 7),
+    (pd.Categorical(["0", "1", "1", "0", "1", "1", "1"]), 5),
+    ([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 1), (None, 7),
 ], ids=["numbers", "truth", "categories", "decimals", "absent"])
-def test_positions_of_an_anndata_are_its_own(tmp_path, in_tissue, kept):
-    adata, (_, barcodes, *_) = an_anndata(**{} if in_tissue is None else {"in_tissue": in_tissue})
+def test_positions_of_an_anndata_are_its_own(tmp_path, in_tissue, n_in_tissue):
+    columns = {} if in_tissue is None else {"in_tissue": in_tissue}
+    adata, (_, barcodes, *_) = an_anndata(**columns)
     adata.write_h5ad(tmp_path / "a.h5ad")
     spots = sources.read_positions(tmp_path / "a.h5ad")
     assert spots.index.tolist() == barcodes
-    assert spots["in_tissue"].sum() == kept
+    assert spots["in_tissue"].sum() == n_in_tissue
     assert spots["x"].tolist() == [0, 10, 20, 30, 40, 50, 60]
     assert spots["y"].tolist() == [0, 100, 200, 300, 400, 500, 600]
     assert "array_row" not in spots
@@ -556,8 +616,8 @@ def test_positions_of_an_anndata_are_its_own(tmp_path, in_tissue, kept):
 
 
 def test_positions_of_an_anndata_may_stand_in_its_obs(tmp_path):
-    adata, _ = an_anndata(pxl_col_in_fullres=range(7), pxl_row_in_fullres=range(70, 77), array_row=1,
-                          array_col=range(7))
+    adata, _ = an_anndata(pxl_col_in_fullres=range(7), pxl_row_in_fullres=range(70, 77),
+                          array_row=1, array_col=range(7))
     del adata.obsm["spatial"]
     adata.write_h5ad(tmp_path / "a.h5ad")
     spots = sources.read_positions(tmp_path / "a.h5ad")
@@ -570,10 +630,11 @@ def test_positions_of_an_anndata_may_stand_in_its_obs(tmp_path):
 
 def test_parquet_positions_are_read_as_space_rangers_csv(tmp_path):
     pytest.importorskip("pyarrow")
-    POSITIONS.astype({"in_tissue": np.uint8, "array_row": np.uint32, "pxl_row_in_fullres": float}).to_parquet(
-        tmp_path / "tissue_positions.parquet")
+    types = {"in_tissue": np.uint8, "array_row": np.uint32, "pxl_row_in_fullres": float}
+    POSITIONS.astype(types).to_parquet(tmp_path / "tissue_positions.parquet")
     spots = sources.read_positions(tmp_path / "tissue_positions.parquet")
-    pd.testing.assert_frame_equal(spots, sources.read_positions(write_positions(tmp_path / "list.csv")))
+    from_csv = sources.read_positions(write_positions(tmp_path / "list.csv"))
+    pd.testing.assert_frame_equal(spots, from_csv)
     POSITIONS.drop(columns="array_row").to_parquet(tmp_path / "less.parquet")
     with pytest.raises(InputError, match=r"less\.parquet: its header lacks array_row"):
         sources.read_positions(tmp_path / "less.parquet")
@@ -591,8 +652,10 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("write", [
-    lambda folder, *a: write_mtx(folder, *a), lambda folder, *a: write_mtx(folder, *a, suffix=".gz"),
-    lambda folder, *a: write_h5(folder / "a.h5", *a)], ids=["mtx", "mtx.gz", "h5"])
+    lambda folder, *a: write_mtx(folder, *a),
+    lambda folder, *a: write_mtx(folder, *a, suffix=".gz"),
+    lambda folder, *a: write_h5(folder / "a.h5", *a),
+], ids=["mtx", "mtx.gz", "h5"])
 def test_genes_alone_are_those_of_the_counts(tmp_path, write):
     kinds = ["Gene Expression", "Antibody Capture", *["Gene Expression"] * 3]
     path = write(tmp_path, *a_matrix(), kinds)
@@ -603,7 +666,8 @@ def test_genes_alone_are_those_of_the_counts(tmp_path, write):
 def test_genes_alone_of_other_formats_too(tmp_path):
     counts, barcodes, ids, symbols = a_matrix()
     an_anndata()[0].write_h5ad(tmp_path / "a.h5ad")
-    paths = [write_h5(tmp_path / "old.h5", counts, barcodes, ids, symbols, genome="mm10"), tmp_path / "a.h5ad",
+    paths = [write_h5(tmp_path / "old.h5", counts, barcodes, ids, symbols, genome="mm10"),
+             tmp_path / "a.h5ad",
              write_mtx(tmp_path, counts, barcodes, ids, symbols, features="genes.tsv"),
              write_st(tmp_path / "st.tsv.gz", counts, barcodes, ids)]
     cornerless = write_st(tmp_path / "cornerless.tsv", counts, barcodes, ids)
@@ -624,9 +688,12 @@ def test_an_anndata_may_lack_spots_but_not_all_of_them(tmp_path):
 # ------------------------------------------------------------------------- real data
 
 GSE240429 = {1: (2378, 0.3036), 2: (2349, 0.3036), 3: (2277, 0.3036), 4: (2265, 0.3035)}
-DLPFC = {"151507": (4226, 0.7251), "151508": (4384, 0.7251), "151509": (4789, 0.7186), "151510": (4634, 0.7212),
-         "151669": (3661, 0.7251), "151670": (3498, 0.7252), "151671": (4110, 0.7250), "151672": (4015, 0.7251),
-         "151673": (3639, 0.7249), "151674": (3673, 0.7251), "151675": (3592, 0.7249), "151676": (3460, 0.7250)}
+DLPFC = {
+    "151507": (4226, 0.7251), "151508": (4384, 0.7251), "151509": (4789, 0.7186),
+    "151510": (4634, 0.7212), "151669": (3661, 0.7251), "151670": (3498, 0.7252),
+    "151671": (4110, 0.7250), "151672": (4015, 0.7251), "151673": (3639, 0.7249),
+    "151674": (3673, 0.7251), "151675": (3592, 0.7249), "151676": (3460, 0.7250),
+}
 
 
 def xy_of(spots):
@@ -654,7 +721,8 @@ def test_cortex_positions_give_the_published_spots_and_scale(real_data, section)
     spots = sources.read_positions(real_data("spatialLIBD") / section / "tissue_positions_list.txt")
     assert_spots_and_mpp(spots, *DLPFC[section])
     measured = pitch(xy_of(spots[spots["in_tissue"]]))
-    assert 100 / measured == pytest.approx(DLPFC[section][1], rel=1e-3)  # between neighbours, as well as by the lattice
+    # The distance between neighbours agrees with the lattice.
+    assert 100 / measured == pytest.approx(DLPFC[section][1], rel=1e-3)
 
 
 @pytest.mark.parametrize(("folder", "name", "n_spots", "mpp"), [
@@ -662,7 +730,8 @@ def test_cortex_positions_give_the_published_spots_and_scale(real_data, section)
 def test_muscle_sections_are_read_as_scanpy_reads_them(real_data, folder, name, n_spots, mpp):
     scanpy = importlib.import_module("scanpy")
     data = real_data("scMuscle") / "visium_data" / folder
-    path, positions_path = data / f"{name}_filtered_feature_bc_matrix.h5", data / "spatial/tissue_positions_list.csv"
+    path = data / f"{name}_filtered_feature_bc_matrix.h5"
+    positions_path = data / "spatial/tissue_positions_list.csv"
     spots = sources.read_positions(positions_path)
     adata = sources.join(sources.read_counts(path), spots, path, positions_path)
     assert adata.shape == (n_spots, 33217)
@@ -676,18 +745,23 @@ def test_muscle_sections_are_read_as_scanpy_reads_them(real_data, folder, name, 
     np.testing.assert_array_equal(adata.X.sum(axis=0), theirs.X.sum(axis=0))
 
 
-@pytest.mark.parametrize(("section", "n_spots"), [("MOB1", 379), ("MOB2", 407), ("MOB3", 438), ("MOB4", 403)])
+@pytest.mark.parametrize(("section", "n_spots"),
+                         [("MOB1", 379), ("MOB2", 407), ("MOB3", 438), ("MOB4", 403)])
 def test_olfactory_bulb_sections_join_with_all_their_spots(real_data, section, n_spots):
     raw = real_data("MOB")
     counts = sources.find(raw, [f"**/{section}.tsv"], "counts")
     positions = sources.find(raw, [f"**/alignment_table_{section}.tsv"], "positions")
-    adata = sources.join(sources.read_counts(counts), sources.read_positions(positions), counts, positions)
+    spots = sources.read_positions(positions)
+    adata = sources.join(sources.read_counts(counts), spots, counts, positions)
     assert adata.shape == (n_spots, 1000)
-    assert adata.X.sum() == pd.read_csv(counts, sep="\t", index_col=0).loc[adata.obs_names].to_numpy().sum()
+    table = pd.read_csv(counts, sep="\t", index_col=0)
+    assert adata.X.sum() == table.loc[adata.obs_names].to_numpy().sum()
     symbols = sources.read_symbols(sources.find(raw, ["**/mouse_genes.tsv"], "symbols"))
     assert adata.var_names.isin(symbols.index).all()
     x, y = adata.obsm["spatial"].T
-    assert np.corrcoef(adata.obs["array_col"], x)[0, 1] > 0.999  # the array is neither turned nor mirrored
+    # The array is neither turned nor mirrored.
+    assert np.corrcoef(adata.obs["array_col"], x)[0, 1] > 0.999
     assert np.corrcoef(adata.obs["array_row"], y)[0, 1] > 0.999
-    # By hand: 21.62 px a column and 24.05 px a row, so neighbours on the diagonal are 32.34 px apart.
+    # By hand: 21.62 px per column and 24.05 px per row, so neighbours on the diagonal are 32.34 px
+    # apart.
     assert pitch(adata.obsm["spatial"], array_of(adata.obs)) == pytest.approx(32.34, abs=0.05)

@@ -1,8 +1,9 @@
-"""A sample sheet -> Dataset: one line a section, its files found in the folders that others' programs left them in.
+"""A sample sheet -> Dataset: one section per line; its files are found in the folders it names.
 
-Paths in the sheet are relative to it and exact: no character in them is a pattern. Whatever is wrong is collected, not
-raised at the first, so that a sheet can be mended in one go. Folders: 10x Genomics "Spatial Outputs" (Space Ranger 1 to
-4, Visium HD's `binned_outputs`); HEST-1k (hestcore 1.0.6).
+Paths in the sheet are relative to it. They are exact: no character in them is a pattern. Problems
+are collected instead of raised one by one, so that all of them can be fixed at once. Folders: 10x
+Genomics "Spatial Outputs" (Space Ranger 1 to 4, Visium HD's `binned_outputs`); HEST-1k (hestcore
+1.0.6).
 """
 
 import csv
@@ -25,58 +26,74 @@ from .spots import array_of
 
 NEEDED = ["section", "counts", "donor", "role"]
 KNOWN = [*NEEDED, "image", "positions", "mpp", "pitch", "scale", "bin"]
-COUNTS = ["filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix", "matrix.mtx", "matrix.mtx.gz",
-          "raw_feature_bc_matrix.h5", "raw_feature_bc_matrix"]  # the better first; any prefix may stand before
-POSITIONS = [name + end for name in ("tissue_positions.csv", "tissue_positions_list.csv", "tissue_positions_list.txt",
-                                     "tissue_positions.parquet") for end in ("", ".gz")]
+# Endings of file names, the preferred one first. Any prefix may come before them.
+COUNTS = ["filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix", "matrix.mtx",
+          "matrix.mtx.gz", "raw_feature_bc_matrix.h5", "raw_feature_bc_matrix"]
+POSITIONS = ["tissue_positions.csv", "tissue_positions.csv.gz",
+             "tissue_positions_list.csv", "tissue_positions_list.csv.gz",
+             "tissue_positions_list.txt", "tissue_positions_list.txt.gz",
+             "tissue_positions.parquet", "tissue_positions.parquet.gz"]
 SCALE_FACTORS = ["scalefactors_json.json", "scalefactors_json.json.gz"]
 ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 
 @contextmanager
 def collecting(problems, section):
-    """What is wrong in this block goes to the list of problems, under the section's name."""
+    """Add the InputError that a block raises to the list of problems, under the section's name."""
     try:
         yield
     except InputError as error:
         problems.append(f"{section}: {error}")
 
 
-# ---------------------------------------------------------------------------------------------- the sheet
+# ---------------------------------------------------------------------------------------- the sheet
 
 
 def read_sheet(path):
-    """Read a sample sheet. Returns (sections, problems, names of columns that are not used).
+    """Read a sample sheet.
 
-    A section of which a file is not found has None in its place. Raises InputError if the sheet itself is unreadable.
+    path: text, one section per line, with the columns NEEDED and any others of KNOWN.
+    Returns (list of Section, list of problems as text, names of columns that are not used). A
+    Section has None in place of a file that is not found.
+    Raises InputError if the sheet itself cannot be read, lacks a column or lists no section.
     """
     path = Path(path)
     table = read_lines(path)
     if absent := [column for column in NEEDED if column not in table]:
-        raise InputError(f"{path}: lacks the column {', '.join(absent)}. Its columns are {', '.join(table)}; needed "
-                         f"are {', '.join(NEEDED)}, and {', '.join(KNOWN[len(NEEDED):])} where they apply")
+        raise InputError(f"{path}: lacks the column {', '.join(absent)}. Its columns are "
+                         f"{', '.join(table)}; needed are {', '.join(NEEDED)}, and "
+                         f"{', '.join(KNOWN[len(NEEDED):])} where they apply")
     if table.empty:
         raise InputError(f"{path}: lists no section. Give each a line")
-    table = table.reindex(columns=[*table, *(column for column in KNOWN if column not in table)], fill_value="")
+    optional = [column for column in KNOWN if column not in table]
+    table = table.reindex(columns=[*table, *optional], fill_value="")
     problems, sections = [], []
     for line, row in table.iterrows():
         name = row["section"] or f"line {line}"
         if not re.fullmatch(r"[^./\\][^/\\]*", row["section"]):
-            problems.append(f"{name}: section {row['section']!r} cannot be the name of a file. Name it otherwise")
+            problems.append(f"{name}: section {row['section']!r} cannot be the name of a file. "
+                            "Choose another name")
         if row["section"] and (table["section"] == row["section"]).sum() > 1:
-            problems.append(f"{name}: line {line} names a section that another line names too. Give each its own name")
+            problems.append(f"{name}: line {line} names a section that another line names too. "
+                            "Give each its own name")
         if not row["donor"]:
-            problems.append(f"{name}: its donor is empty. Name the person or animal that it comes from")
+            problems.append(f"{name}: its donor is empty. Name the person or animal that it comes "
+                            "from")
         if row["role"] not in ("reference", "query"):
-            problems.append(f"{name}: role {row['role']!r} is neither 'reference' nor 'query'")
+            problems.append(f"{name}: role {row['role']!r} is neither 'reference' nor 'query'. "
+                            "Give one of the two")
         sections.append(read_line(row, path.parent, name, problems))
     if not (table["role"] == "reference").any():
-        problems.append(f"{path.name}: no section has the role 'reference': nothing to learn from")
+        problems.append(f"{path.name}: no section has the role 'reference', so there is nothing to "
+                        "learn from. Give at least one this role")
     return sections, problems, [column for column in table if column not in KNOWN]
 
 
 def read_lines(path):
-    """The sheet as text, by line number; columns separated by commas, semicolons or tabs."""
+    """Read the sheet's cells: DataFrame of text, index line number, columns in lower case.
+
+    Columns are separated by commas, semicolons or tabs. Blank lines are left out.
+    """
     try:
         with sources.open_text(path) as file:
             text = file.read()
@@ -85,26 +102,32 @@ def read_lines(path):
     except FileNotFoundError:
         raise InputError(f"{path} is missing: the sample sheet") from None
     except (OSError, ValueError, EOFError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a sample sheet ({first_line(error)}). Save it as CSV in "
-                         "UTF-8") from None
+        raise InputError(f"{path} cannot be read as a sample sheet ({first_line(error)}). Save it "
+                         "as CSV in UTF-8") from None
     columns = [cell.strip().lower() for cell in rows[0]] if rows else []
     if len(set(columns)) < len(columns):
-        raise InputError(f"{path}: a column stands twice in its first line, {head!r}")
-    cells = {line: [cell.strip() for cell in row] for line, row in enumerate(rows[1:], 2) if any(map(str.strip, row))}
-    for line, row in cells.items():
+        raise InputError(f"{path}: a column stands twice in its first line, {head!r}. Rename one")
+    cells = {}
+    for line, row in enumerate(rows[1:], 2):
+        if not any(map(str.strip, row)):
+            continue
         if len(row) > len(columns):
-            raise InputError(f"{path}: line {line} has {len(row)} cells, its first line {len(columns)}. Quote a cell "
-                             "that holds a comma")
-        row += [""] * (len(columns) - len(row))
+            raise InputError(f"{path}: line {line} has {len(row)} cells, its first line "
+                             f"{len(columns)}. Quote a cell that holds a comma")
+        cells[line] = [cell.strip() for cell in row] + [""] * (len(columns) - len(row))
     return pd.DataFrame.from_dict(cells, orient="index", columns=columns)
 
 
 def read_line(row, folder, name, problems):
-    """The Section of one line, with exact paths; None for a file that is not found."""
+    """The Section of one line, with exact paths; None in place of a file that is not found.
+
+    folder: the one that paths are relative to. problems: a list that is added to.
+    """
     def given(column):
         return (folder / Path(row[column]).expanduser()).resolve() if row[column] else None
 
-    numbers, counts, positions, image, scale, pitch, mpp = {}, None, None, None, 1.0, None, None
+    counts = positions = image = pitch_um = mpp = None
+    scale, numbers = 1.0, {}
     for column in ("mpp", "pitch"):
         with collecting(problems, name):
             numbers[column] = number(row[column], column)
@@ -120,15 +143,17 @@ def read_line(row, folder, name, problems):
         with collecting(problems, name):
             scale = find_scale(row["scale"], positions, image)
         with collecting(problems, name):
-            pitch, mpp = stated_pitch(counts, positions)
-    if numbers.get("pitch"):
+            pitch_um, mpp = stated_pitch(positions)
+    if numbers.get("pitch"):  # a stated pitch counts for more than the files' own mpp
         mpp = None
-    return Section(name=row["section"], donor=row["donor"], role=row["role"], counts=counts, positions=positions,
-                   image=image, scale=scale, mpp=numbers.get("mpp") or mpp, pitch_um=numbers.get("pitch") or pitch)
+    return Section(
+        name=row["section"], donor=row["donor"], role=row["role"], counts=counts,
+        positions=positions, image=image, scale=scale, mpp=numbers.get("mpp") or mpp,
+        pitch_um=numbers.get("pitch") or pitch_um)
 
 
 def number(text, column):
-    """A cell that holds a number above 0, or nothing: None."""
+    """The number in a cell, None if it is empty. Raises InputError unless it is above 0."""
     try:
         value = float(text) if text else None
     except ValueError:
@@ -138,94 +163,126 @@ def number(text, column):
     return value
 
 
-# ---------------------------------------------------------------------------------------------- its files
+# ---------------------------------------------------------------------------------------- its files
 
 
 def find_counts(given, section, bin_um):
-    """The count matrix that a file or a folder stands for."""
+    """The path of the count matrix: the given file, or the one in the given folder.
+
+    given: Path or None. section: the id of the sample in a HEST folder. bin_um: the bin size of
+    Visium HD as text; empty: 8.
+    Raises InputError if there is no matrix or if several could be meant.
+    """
     if given is None:
         raise InputError("its counts are empty. Name a matrix, or a folder that holds it")
     if given.is_file():
         return given
     if not given.is_dir():
-        raise InputError(f"{given} is missing: its counts")
+        raise InputError(f"{given} is missing: its counts. Correct the path")
     folder = given / "outs" if (given / "outs").is_dir() else given
     if (folder / "binned_outputs").is_dir():
-        folder = square(folder / "binned_outputs", bin_um or "8")
+        folder = bin_folder(folder / "binned_outputs", bin_um or "8")
     elif bin_um:
         raise InputError(f"bin is {bin_um!r}, but {folder} has no binned_outputs. Leave bin empty")
     if (folder / "st").is_dir():
         if not (file := folder / "st" / f"{section}.h5ad").exists():
-            raise InputError(f"{file} is missing; in a HEST folder, section is the id of the sample")
+            raise InputError(f"{file} is missing. In a HEST folder, the column section must be the "
+                             "id of the sample")
         return file
     found = one_of(folder, COUNTS)
     if found is not None and found.is_dir():
         found = one_of(found, ["matrix.mtx", "matrix.mtx.gz"])
     if found is None:
-        raise InputError(f"{given}: no count matrix in it; looked for …{', …'.join(COUNTS)}. Name the file")
+        raise InputError(f"{given}: no count matrix in it; looked for …{', …'.join(COUNTS)}. Name "
+                         "the file")
     return found
 
 
-def square(folder, bin_um):
+def bin_folder(folder, bin_um):
     """The folder of one bin size of Visium HD."""
     size = re.fullmatch(r"(?:square_)?0*(\d+)(?:um)?", bin_um)
     if size is None or not (chosen := folder / f"square_{int(size[1]):03d}um").is_dir():
-        there = ", ".join(sorted(path.name for path in folder.iterdir()))
-        raise InputError(f"{folder} has no bins of {bin_um!r} microns, but {there}. Choose one in the column bin")
+        existing = ", ".join(sorted(path.name for path in folder.iterdir()))
+        raise InputError(f"{folder} has no bins of {bin_um!r} microns, but {existing}. Choose one "
+                         "in the column bin")
     return chosen
 
 
 def find_positions(given, counts):
-    """The position file: named, or lying where Space Ranger puts it beside the counts; an AnnData's own otherwise."""
+    """The path of the position file.
+
+    given: a file, a folder that holds it, or None. None: an AnnData's own positions, otherwise the
+    file at the place where Space Ranger puts it, relative to the counts.
+    Raises InputError if there is none or if several could be meant.
+    """
     if given is not None and not given.exists():
-        raise InputError(f"{given} is missing: its positions")
+        raise InputError(f"{given} is missing: its positions. Correct the path")
     if given is not None and given.is_file():
         return given
     if given is None and counts.suffix == ".h5ad":
         return counts
     top = given or counts.parent
-    prefix = "" if counts is None else re.sub(r"((filtered|raw)_feature_bc_)?matrix\.\w+(\.gz)?$", "", counts.name)
-    folders = [top, top.parent] if given is None and top.name.endswith("feature_bc_matrix") else [top]
-    for folder in folders:
-        if found := one_of(folder, POSITIONS, prefix) or one_of(folder / "spatial", POSITIONS, prefix):
-            return found
-    raise InputError(f"{folders[-1]}: no positions of its spots in it or in its folder spatial; looked for "
+    prefix = ""
+    if counts is not None:
+        prefix = re.sub(r"((filtered|raw)_feature_bc_)?matrix\.\w+(\.gz)?$", "", counts.name)
+    tops = [top]
+    if given is None and top.name.endswith("feature_bc_matrix"):
+        tops.append(top.parent)
+    for top in tops:
+        for folder in (top, top / "spatial"):
+            if found := one_of(folder, POSITIONS, prefix):
+                return found
+    raise InputError(f"{top}: no positions of its spots in it or in its folder spatial; looked for "
                      f"…{', …'.join(POSITIONS[::2])}. Name the file in the column positions")
 
 
 def find_image(given, counts):
-    """The image: named, or that of a HEST folder: its slide, or else its patches."""
+    """The path of the image: the given file; or in a HEST folder the slide, or else the patches.
+
+    Raises InputError if there is none.
+    """
     if given is not None:
         if not given.is_file():
-            raise InputError(f"{given} {'is a folder' if given.is_dir() else 'is missing'}: its image. Name the file")
+            fault = "is a folder" if given.is_dir() else "is missing"
+            raise InputError(f"{given} {fault}: its image. Name the file")
         return given
     if counts.suffix == ".h5ad" and counts.parent.name in ("st", "adata"):
         top = counts.parent.parent
         for image in (top / "wsis" / f"{counts.stem}.tif", top / "patches" / f"{counts.stem}.h5"):
             if image.exists():
                 return image
-        raise InputError(f"{image} is missing, and the slide in wsis too. Get one of them, or name another image")
-    raise InputError("its image is empty. Name the full-resolution image; for want of it Space Ranger's "
-                     "tissue_hires_image.png, with scale hires")
+        raise InputError(f"{image} is missing, and the slide in wsis too. Download one of them, or "
+                         "name another image")
+    raise InputError("its image is empty. Name the full-resolution image. Without it, name Space "
+                     "Ranger's tissue_hires_image.png and write hires in the column scale")
 
 
 def find_scale(text, positions, image):
-    """What positions are multiplied by to be pixels of the image: 1, a number, or hires or lowres by Space Ranger."""
+    """The factor that turns positions into pixels of the image.
+
+    text: a number; hires or lowres, whose factor Space Ranger states; empty: 1.
+    Raises InputError if the factor cannot be read or is not stated.
+    """
     if text not in ("hires", "lowres"):
         try:
             return number(text, "scale") or 1.0
         except InputError:
-            raise InputError(f"scale is {text!r}, expected a number above 0, hires or lowres") from None
+            raise InputError(f"scale is {text!r}, expected a number above 0, hires or "
+                             "lowres") from None
     if positions.suffix == ".h5ad":
+        factors = {}
         with sources.opened_h5ad(positions) as file:
-            libraries = list(file["uns/spatial"].values()) if "spatial" in file.get("uns", ()) else []
-            factors = dict(anndata.io.read_elem(libraries[0]["scalefactors"])) if len(libraries) == 1 else {}
+            libraries = []
+            if "spatial" in file.get("uns", ()):
+                libraries = list(file["uns/spatial"].values())
+            if len(libraries) == 1:
+                factors = dict(anndata.io.read_elem(libraries[0]["scalefactors"]))
         where = f"{positions}: uns['spatial']"
     else:
         where = scale_factors_file(positions, image)
         if where is None:
-            raise InputError(f"{positions.parent}: no scalefactors_json.json, in which scale {text} is looked up. Put "
-                             "it there, or give the number")
+            raise InputError(f"{positions.parent}: no scalefactors_json.json, in which scale "
+                             f"{text} is looked up. Put it there, or give the number")
         factors = read_json(where)
     if f"tissue_{text}_scalef" not in factors:
         raise InputError(f"{where} states no tissue_{text}_scalef. Give the number as scale")
@@ -233,24 +290,28 @@ def find_scale(text, positions, image):
 
 
 def scale_factors_file(positions, image):
-    """Space Ranger's scale factors beside the positions or the image, or None."""
+    """Space Ranger's file of scale factors next to the positions or the image, or None."""
+    prefix = re.sub(r"tissue_positions.*", "", positions.name)
     for folder in dict.fromkeys(path.parent for path in (positions, image) if path is not None):
-        prefix = re.sub(r"tissue_positions.*", "", positions.name)
         if found := one_of(folder, SCALE_FACTORS, prefix):
             return found
     return None
 
 
-def stated_pitch(counts, positions):
-    """What the files themselves state: distance of neighbouring spots in microns, microns per pixel; or None.
+def stated_pitch(positions):
+    """The resolution that the files themselves state.
 
-    The bin size of Visium HD; HEST's metadata, of which the distance is preferred where there is a lattice to measure.
+    Returns (distance of neighbouring spots in microns, microns per pixel); at least one is None.
+    The distance is the bin size of Visium HD. HEST's metadata state both; the distance is preferred
+    if there is a lattice, because it can be measured in pixels then.
     """
     if positions.suffix != ".h5ad":
         size = re.search(r"square_(\d{3})um", positions.parent.parent.name)
         where = scale_factors_file(positions, None)
         stated = read_json(where).get("bin_size_um") if where else None
-        return stated or (float(size[1]) if size else None), None
+        if not stated and size:
+            stated = float(size[1])
+        return stated or None, None
     metadata = positions.parent.parent / "metadata" / f"{positions.stem}.json"
     if not metadata.exists():
         return None, None
@@ -263,110 +324,138 @@ def stated_pitch(counts, positions):
 
 
 def read_json(path):
-    """The facts in a JSON file."""
+    """Read the facts in a JSON file: dict. Raises InputError if it is damaged."""
     try:
         with sources.open_text(path) as file:
             return dict(json.load(file))
     except (OSError, ValueError, TypeError, EOFError) as error:
-        raise InputError(f"{path} is damaged ({first_line(error)}). Get it again") from None
+        raise InputError(f"{path} is damaged ({first_line(error)}). Download it again") from None
 
 
 def one_of(folder, endings, prefix=""):
-    """The one file or folder below `folder` whose name ends so, by the first ending with a match; None without.
+    """The one file or folder in `folder` whose name has the first ending that any name has.
 
-    prefix: what stands before the ending in the name of the section's other files: what has a different one is another
-    section's. Raises InputError if several could be meant.
+    prefix: the text before the ending in the names of the section's other files. A name with a
+    different prefix is of another section. Returns a Path, or None if there is no match.
+    Raises InputError if several could be meant.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if not folder.is_dir():
+        return None
+    names = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
     for ending in endings:
         matches = [name for name in names if name.endswith(ending)]
         if prefix:
             matches = [name for name in matches if prefix.startswith(name.removesuffix(ending))]
             matches = sorted(matches, key=len)[-1:]
         if len(matches) > 1:
-            raise InputError(f"{folder}: {', '.join(matches[:4])} could each be meant. Name the file itself")
+            raise InputError(f"{folder}: {', '.join(matches[:4])} could each be meant. Name the "
+                             "file itself")
         if matches:
             return folder / matches[0]
     return None
 
 
-# ---------------------------------------------------------------------------------------------- genes
+# -------------------------------------------------------------------------------------------- genes
 
 
 def share_genes(sections, problems):
-    """Give sections that name the same genes otherwise the same ids. Returns (sections, lines that report it)."""
+    """Give the same ids to sections that name the same genes in different ways.
+
+    problems: a list that is added to. Returns (sections, lines that report the changes).
+    """
     tables = {}
     for section in sections:
         if section.counts:
             with collecting(problems, section.name):
                 tables[section.name] = sources.read_genes(section.counts)
     new_ids, report = agree(tables)
-    return [replace(section, new_ids=new_ids.get(section.name, {})) for section in sections], report
+    sections = [replace(section, new_ids=new_ids.get(section.name, {})) for section in sections]
+    return sections, report
 
 
 def agree(tables):
-    """New gene ids where sections would otherwise not share genes that they have in common.
+    """New gene ids for sections that would otherwise not share the genes they have in common.
 
-    tables: section -> DataFrame, index gene id, symbol. Ensembl ids lose their version if sections then share more. A
-    section that has symbols alone gets the ids that others have for them, through symbols that stand for one gene
-    everywhere. Returns (section -> {old id: new id}, lines that report what was done).
+    tables: section -> DataFrame, index gene id, column symbol. Ensembl ids lose their version if
+    sections then share more genes. A section with symbols alone gets the ids that the others have
+    for them; only symbols that mean the same single gene in all the others are used.
+    Returns (section -> {old id: new id}, lines that report the changes).
     """
     report = []
     if len({tuple(table.index) for table in tables.values()}) < 2:
         return {}, report
-    ids = {name: table.index.to_series() for name, table in tables.items()}  # section -> new id by old id
-    by_symbol = [name for name, table in tables.items() if (table.index == table["symbol"]).all()
-                 and table.index.str.fullmatch(ENSEMBL.pattern).mean() < 0.5]
+    ids = {name: table.index.to_series() for name, table in tables.items()}  # new ids by old ids
+    by_symbol = [name for name, table in tables.items() if has_symbols_alone(table)]
     by_id = [name for name in tables if name not in by_symbol]
 
     plain = {name: without_version(ids[name]) for name in by_id}
-    before, after = (len(shared(each[name] for name in by_id)) for each in (ids, plain))
+    before = len(shared(ids[name] for name in by_id))
+    after = len(shared(plain.values()))
     if after > before:
         ids |= plain
-        report.append(f"the versions of Ensembl ids are left out: {', '.join(by_id)} share {after:,} genes without "
-                      f"them, {before:,} with them")
+        report.append(f"the versions of Ensembl ids are left out: {', '.join(by_id)} share "
+                      f"{after:,} genes without them, {before:,} with them")
 
     if by_symbol and by_id:
-        pairs = pd.concat([pd.DataFrame({"symbol": tables[name]["symbol"], "id": ids[name]}) for name in by_id])
-        known = pairs.drop_duplicates().drop_duplicates("symbol", keep=False).set_index("symbol")["id"]
+        id_of = ids_by_symbol(tables, ids, by_id)
         for name in by_symbol:
-            bridged = ids[name].map(known)
-            bridged[bridged.duplicated(keep=False)] = np.nan  # two symbols for one gene
-            ids[name] = bridged.fillna(ids[name])
-            if bridged.notna().any():
-                report.append(f"{name} names genes by symbol alone: {bridged.notna().sum():,} of its {len(bridged):,} "
-                              f"got the ids of {', '.join(by_id)}, through symbols that stand for one gene only")
-    return {name: {old: new for old, new in series.items() if old != new} for name, series in ids.items()}, report
+            found = ids[name].map(id_of)
+            found[found.duplicated(keep=False)] = np.nan  # two symbols for one gene
+            ids[name] = found.fillna(ids[name])
+            if found.notna().any():
+                report.append(f"{name} names genes by symbol alone: {found.notna().sum():,} of its "
+                              f"{len(found):,} got the ids of {', '.join(by_id)}, through symbols "
+                              "that stand for one gene only")
+    return {name: changes(series) for name, series in ids.items()}, report
+
+
+def has_symbols_alone(table):
+    """Whether a gene table's index holds symbols instead of ids."""
+    if not (table.index == table["symbol"]).all():
+        return False
+    return table.index.str.fullmatch(ENSEMBL.pattern).mean() < 0.5
+
+
+def ids_by_symbol(tables, ids, sections):
+    """Series of gene ids by symbol, of the symbols that mean one gene in all these sections."""
+    pairs = [pd.DataFrame({"symbol": tables[name]["symbol"], "id": ids[name]}) for name in sections]
+    pairs = pd.concat(pairs).drop_duplicates()
+    return pairs.drop_duplicates("symbol", keep=False).set_index("symbol")["id"]
+
+
+def changes(ids):
+    """The entries of a Series of new ids by old ids in which the two differ: dict."""
+    return {old: new for old, new in ids.items() if old != new}
 
 
 def without_version(ids):
-    """Ensembl ids without `.version`, but where that would leave one section with an id twice."""
+    """Ensembl ids without `.version`, except where a section would then have an id twice."""
     plain = ids.str.replace(rf"^{ENSEMBL.pattern}$", r"\1", regex=True)
     return plain.where(~plain.duplicated(keep=False), ids)
 
 
-def shared(many):
-    """The genes that all of some series of ids hold."""
-    sets = [set(ids) for ids in many]
+def shared(collections):
+    """The set of genes that every one of several collections of ids holds."""
+    sets = [set(ids) for ids in collections]
     return set.intersection(*sets) if sets else set()
 
 
-# ---------------------------------------------------------------------------------------------- --check
+# ------------------------------------------------------------------------------------------ --check
 
 
 class Cut(NamedTuple):
-    """The settings of a Dataset that say how patches are cut and which spots are kept."""
+    """The settings of a Dataset that say how patches are cut and which spots are used."""
 
-    patch_px: int
-    patch_um: float | None
-    min_counts: int
+    patch_px: int  # side of a patch
+    patch_um: float | None  # what it shows, in microns; None: patch_px pixels of the slide
+    min_counts: int  # spots with fewer counts are dropped
 
 
 def check(sections, cut, problems):
-    """Read all that preprocessing reads, and write nothing.
+    """Read everything that preprocessing reads, and write nothing.
 
-    cut: a Cut. problems: a list that what is wrong is added to.
-    Returns (DataFrame of what was found, a line a section; notes).
+    sections: as `read_sheet` returns them. cut: a Cut. problems: a list that is added to.
+    Returns (DataFrame of what was found, index section; notes as a list of text).
     """
     rows, genes, notes = [], {}, []
     for section in sections:
@@ -377,28 +466,33 @@ def check(sections, cut, problems):
     table = pd.DataFrame(rows).set_index("section")
     common = shared(genes.values())
     if genes and not common:
-        problems.append(f"{', '.join(genes)}: no gene is in all of them. Check that they are of one species, and that "
-                        "their genes have Ensembl ids or symbols")
+        problems.append(f"{', '.join(genes)}: no gene is in all of them. Check that they are of "
+                        "one species, and that their genes have Ensembl ids or symbols")
     elif genes:
         notes.append(f"{len(common):,} genes are in every section")
     widths = table["patch µm"].dropna()
     if cut.patch_um is None and len(widths) and widths.max() > 1.2 * widths.min():
-        notes.append(f"a patch shows {widths.min():.0f} µm of {widths.idxmin()} and {widths.max():.0f} µm of "
-                     f"{widths.idxmax()}: --patch_um {widths.min():.0f} would make them alike")
-    size = table["spots"].sum() * cut.patch_px**2 * 3 / 1e9
+        notes.append(f"a patch shows {widths.min():.0f} µm of {widths.idxmin()} and "
+                     f"{widths.max():.0f} µm of {widths.idxmax()}: --patch_um {widths.min():.0f} "
+                     "would make them alike")
+    size = table["spots"].sum() * cut.patch_px**2 * 3 / 1e9  # GB
     free = shutil.disk_usage(ROOT if ROOT.exists() else Path()).free / 1e9
     notes.append(f"the patches will take {size:,.2f} GB")
     if size > free:
-        problems.append(f"the patches need {size:,.0f} GB, but {ROOT} has {free:,.0f} GB free. Choose a smaller "
-                        "--patch_px, fewer sections or larger bins")
+        problems.append(f"the patches need {size:,.0f} GB, but {ROOT} has {free:,.0f} GB free. "
+                        "Choose a smaller --patch_px, fewer sections or larger bins")
     return table, notes
 
 
 def inspect(section, cut, problems, notes):
-    """One section's line of the table that `check` returns, and its gene ids."""
+    """One section's row of the table that `check` returns, as a dict, and its gene ids.
+
+    problems, notes: lists that are added to. The ids are None if the counts cannot be read.
+    """
     name = section.name
-    facts = {"section": name, "donor": section.donor, "role": section.role, "spots": np.nan, "genes": np.nan,
-             "median counts": np.nan, "mpp": np.nan, "patch µm": np.nan, "image": "", "positions": "", "inside": ""}
+    facts = {"section": name, "donor": section.donor, "role": section.role, "spots": np.nan,
+             "genes": np.nan, "median counts": np.nan, "mpp": np.nan, "patch µm": np.nan,
+             "image": "", "positions": "", "inside": ""}
     counts = spots = adata = stored = None
     if section.counts:
         with collecting(problems, name):
@@ -411,9 +505,11 @@ def inspect(section, cut, problems, notes):
     if counts is not None and spots is not None:
         with collecting(problems, name):
             adata = sources.join(counts, spots, section.counts, section.positions)
-            if lacking := spots["in_tissue"].sum() - adata.n_obs:
-                notes.append(f"{name}: {section.counts.name} lacks {lacking:,} of the {spots['in_tissue'].sum():,} "
-                             f"spots under tissue in {section.positions.name}; they are left out")
+            n_in_tissue = spots["in_tissue"].sum()
+            if absent := n_in_tissue - adata.n_obs:
+                notes.append(f"{name}: {section.counts.name} lacks {absent:,} of the "
+                             f"{n_in_tissue:,} spots under tissue in {section.positions.name}; "
+                             "they are left out")
     if section.image and section.image.suffix == ".h5" and adata is not None:
         with collecting(problems, name):
             stored = slide.StoredPatches(section.image)
@@ -427,30 +523,48 @@ def inspect(section, cut, problems, notes):
             if spots is not None:
                 xy = spots.loc[spots["in_tissue"], ["x", "y"]].to_numpy()
                 facts["inside"] = f"{len(xy) - slide.outside(opened, xy).sum()} of {len(xy)}"
-                with_mend(section, opened, xy)
+                check_spots_inside(section, opened, xy)
     if adata is not None:
         with collecting(problems, name):
             total = np.asarray(adata.X.sum(axis=1)).ravel()
-            least = max(1, cut.min_counts)
-            facts["spots"], facts["median counts"] = (total >= cut.min_counts).sum(), round(np.median(total))
-            if total.max() < least:
-                raise InputError(f"no spot of {section.counts} has {least} counts or more (--min_counts); the fullest "
-                                 f"has {total.max()}")
+            facts["spots"] = (total >= cut.min_counts).sum()
+            facts["median counts"] = round(np.median(total))
+            check_fullest(section, total.max(), max(1, cut.min_counts))
         with collecting(problems, name):
             mpp = facts["mpp"] = preprocess.section_mpp(section, adata, section.positions)
             crop_px = preprocess.crop_size(cut, mpp, stored, adata)
             facts["patch µm"] = crop_px * mpp
-            if section.mpp and array_of(adata.obs) is not None:
-                by_pitch = preprocess.section_mpp(replace(section, mpp=None), adata, section.positions)
-                if abs(by_pitch / mpp - 1) > 0.1:
-                    notes.append(f"{name}: mpp is {mpp:.4g} as stated, but {by_pitch:.4g} if neighbouring spots are "
-                                 f"{section.pitch_um or 100:.4g} µm apart (column pitch)")
-    new = None if counts is None else counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
-    return facts, new
+            notes += contradiction(section, adata, mpp)
+    ids = None
+    if counts is not None:
+        ids = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
+    return facts, ids
 
 
-def with_mend(section, opened, xy):
-    """Raise the slide's own error if spots lie outside it, with what would bring them in if that can be told."""
+def check_fullest(section, most, least):
+    """Raise InputError if the counts of the fullest spot, `most`, are fewer than `least`."""
+    if most < least:
+        raise InputError(f"no spot of {section.counts} has {least} counts or more (--min_counts); "
+                         f"the fullest has {most}")
+
+
+def contradiction(section, adata, mpp):
+    """A list with a note if the stated mpp and that of the lattice differ by over 10 %, else []."""
+    if not section.mpp or array_of(adata.obs) is None:
+        return []
+    by_pitch = preprocess.section_mpp(replace(section, mpp=None), adata, section.positions)
+    if abs(by_pitch / mpp - 1) <= 0.1:
+        return []
+    return [f"{section.name}: mpp is {mpp:.4g} as stated, but {by_pitch:.4g} if neighbouring spots "
+            f"are {section.pitch_um or 100:.4g} µm apart (column pitch)"]
+
+
+def check_spots_inside(section, opened, xy):
+    """Raise an InputError if spots lie outside the slide.
+
+    opened: a Slide. xy: (n_spots, 2) pixels of it. The error names the scale, hires or lowres, with
+    which all spots would lie inside, if there is one.
+    """
     try:
         slide.check_inside(opened, xy)
     except InputError as error:
@@ -460,5 +574,6 @@ def with_mend(section, opened, xy):
             except InputError:
                 continue
             if not slide.outside(opened, xy / section.scale * factor).any():
-                raise InputError(f"{error}. With {word} in the column scale all would lie inside") from None
+                raise InputError(f"{error}. With {word} in the column scale all would lie "
+                                 "inside") from None
         raise

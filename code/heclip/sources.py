@@ -1,8 +1,9 @@
-"""Raw files -> AnnData: count matrices and spot positions of every kind the datasets come in.
+"""Raw files -> AnnData: read the count matrices and spot positions that the datasets come with.
 
-Everything is joined by barcode, genes are keyed by id with symbols beside them, and matrices stay sparse.
-Formats: 10x Genomics "Feature-Barcode Matrices" (MEX and HDF5) and "Spatial Outputs" of Space Ranger 1 to 4, Visium
-HD's bins among them; legacy ST tables as in STUtility; AnnData as scanpy, squidpy and HEST write it.
+Counts and positions are joined by barcode. Genes are indexed by id and have a column of symbols.
+Matrices stay sparse. Formats: 10x Genomics "Feature-Barcode Matrices" (MEX and HDF5) and "Spatial
+Outputs" of Space Ranger 1 to 4, including the bins of Visium HD; legacy ST tables as in STUtility;
+AnnData as scanpy, squidpy and HEST write it.
 """
 
 import io
@@ -21,16 +22,21 @@ from isal import igzip, isal_zlib  # gzip, at two to three times its speed
 
 from .files import InputError, first_line
 
-POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
-ID_COLUMNS = ["gene_ids", "gene_id"]  # names that others give to these columns of an AnnData's gene table
+POSITION_COLUMNS = [
+    "barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+# Names that these columns have in the gene tables of AnnData files.
+ID_COLUMNS = ["gene_ids", "gene_id"]
 SYMBOL_COLUMNS = ["symbol", "gene_symbols", "gene_symbol", "gene_name", "feature_name"]
+# The errors that readers raise for a file that is damaged or incomplete.
 DAMAGED = (OSError, EOFError, ValueError, KeyError, OverflowError, isal_zlib.error)
 
 
 def find(raw, patterns, what):
-    """The one file below `raw` that matches the first pattern with a match; the pattern with `.gz` counts too.
+    """The one file below `raw` that matches the first pattern with a match, plain or `.gz`.
 
-    A Path in place of patterns is that very file. Raises InputError if there is none, or if a pattern is ambiguous.
+    raw: a folder. patterns: glob patterns relative to it, the preferred one first; or a Path, which
+    is returned as it is. what: the name of the file in error messages.
+    Returns a Path. Raises InputError if there is no such file, or if a pattern matches several.
     """
     if isinstance(patterns, Path):
         if not patterns.exists():
@@ -38,36 +44,39 @@ def find(raw, patterns, what):
         return patterns
     raw = Path(raw)
     if not raw.is_dir():
-        raise InputError(f"{raw} is not a folder. Put the raw files there (README, 'The datasets') or name their "
-                         "folder with --raw")
+        raise InputError(f"{raw} is not a folder. Put the raw files there (README, 'The datasets') "
+                         "or name their folder with --raw")
     for pattern in patterns:
         for suffix in ("", ".gz"):
-            matches = sorted({match for match in glob(pattern + suffix, root_dir=raw, recursive=True)
-                              if not (raw / match).is_dir()})
+            names = set(glob(pattern + suffix, root_dir=raw, recursive=True))
+            matches = sorted(name for name in names if not (raw / name).is_dir())
             if len(matches) > 1:
-                raise InputError(f"{raw}: {len(matches)} files match {pattern + suffix} for the {what}: "
-                                 f"{', '.join(matches[:4])}. Keep one of them there")
+                raise InputError(f"{raw}: {len(matches)} files match {pattern + suffix} for the "
+                                 f"{what}: {', '.join(matches[:4])}. Keep one of them there")
             if matches:
                 return raw / matches[0]
-    raise InputError(f"{raw}: no {what} found; looked for {' and '.join(patterns)}, plain or .gz. Put it there "
-                     "(README, 'The datasets') or name the raw folder with --raw")
+    raise InputError(f"{raw}: no {what} found; looked for {' and '.join(patterns)}, plain or .gz. "
+                     "Put it there (README, 'The datasets') or name the raw folder with --raw")
 
 
 def open_text(path):
-    """Open a text file, gzipped or not, by its content."""
+    """Open a text file. It is unzipped if its content is gzip, whatever its name is."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
-    return igzip.open(path, "rt", encoding="utf-8-sig") if zipped else open(path, encoding="utf-8-sig")
+    if zipped:
+        return igzip.open(path, "rt", encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig")
 
 
-# ---------------------------------------------------------------------------------------------- counts
+# ------------------------------------------------------------------------------------------- counts
 
 
 def read_counts(path):
-    """Read a count matrix of any known kind, told from its name.
+    """Read a count matrix of any known kind. The kind is determined from the file's name.
 
-    path: `*matrix.mtx` (its barcodes and features lie beside it under the same prefix), `*.h5` or `*.tsv`; `.gz` may
-    follow; or `*.h5ad`. Returns AnnData, spots x genes: X counts (CSR int32), obs index barcode, var index gene id,
+    path: `*matrix.mtx` (its barcodes and features lie next to it under the same prefix), `*.h5` or
+    `*.tsv`, each plain or `.gz`; or `*.h5ad`.
+    Returns AnnData, spots x genes: X counts (CSR int32), obs index barcode, var index gene id,
     var["symbol"]. Raises InputError for a damaged or contradictory file.
     """
     path = Path(path)
@@ -80,54 +89,63 @@ def read_counts(path):
         return read_st_table(path)
     if name.endswith(".h5ad"):
         return read_h5ad(path)
-    raise InputError(f"{path}: not a count matrix of a known kind (…matrix.mtx, ….h5, ….h5ad or ….tsv, .gz or not)")
+    raise InputError(f"{path}: not a count matrix of a known kind (…matrix.mtx, ….h5, ….h5ad or "
+                     "….tsv, .gz or not)")
 
 
 def files_of(path):
-    """The files that `read_counts` reads for a matrix: itself, and its barcodes and features if they lie beside it."""
+    """The files that `read_counts` reads for a matrix: itself, and for mtx its two tables.
+
+    Raises InputError if barcodes or features are missing.
+    """
     path = Path(path)
     name = path.name.removesuffix(".gz")
     if not name.endswith("matrix.mtx"):
         return [path]
     prefix = name.removesuffix("matrix.mtx")
-    return [path, beside(path, prefix, "barcodes.tsv"), beside(path, prefix, "features.tsv", "genes.tsv")]
+    barcodes = next_to(path, prefix, "barcodes.tsv")
+    return [path, barcodes, next_to(path, prefix, "features.tsv", "genes.tsv")]
 
 
 def read_mtx(path):
-    """The 10x trio matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), plain or gzipped, with any prefix."""
+    """Read the 10x trio: matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv)."""
     _, barcodes_path, features_path = files_of(path)
     barcodes = read_table(barcodes_path)[0].astype(str)
     features = read_table(features_path)
     try:
         opener = igzip.open if path.name.endswith(".gz") else open
         with opener(path, "rb") as file, io.BufferedReader(file, 1 << 20) as buffered:
-            matrix = scipy.io.mmread(buffered)  # genes x spots; it asks for little at a time
+            matrix = scipy.io.mmread(buffered)  # genes x spots; buffered because it reads in bits
     except DAMAGED as error:
         raise damaged(path, error) from None
     if matrix.shape != (len(features), len(barcodes)):
-        raise InputError(f"{path}: {matrix.shape[0]} x {matrix.shape[1]} entries, but {features_path.name} has "
-                         f"{len(features)} genes and {barcodes_path.name} {len(barcodes)} barcodes. "
-                         "They belong to different sections or one is incomplete: download the three again")
+        raise InputError(f"{path}: {matrix.shape[0]} x {matrix.shape[1]} entries, but "
+                         f"{features_path.name} has {len(features)} genes and {barcodes_path.name} "
+                         f"{len(barcodes)} barcodes. They belong to different sections or one is "
+                         "incomplete: download the three again")
     return build(path, matrix.T, barcodes, *mtx_features(features))
 
 
 def mtx_features(features):
-    """Gene ids, symbols and kinds of features.tsv or genes.tsv; kinds None where it has none."""
-    symbols = features[1 if features.shape[1] > 1 else 0].astype(str)
-    return features[0].astype(str), symbols, features[2].to_numpy() if features.shape[1] > 2 else None
+    """Gene ids, symbols and kinds of features.tsv or genes.tsv; kinds is None if it has none."""
+    n_columns = features.shape[1]
+    symbols = features[1 if n_columns > 1 else 0].astype(str)
+    kinds = features[2].to_numpy() if n_columns > 2 else None
+    return features[0].astype(str), symbols, kinds
 
 
-def beside(path, prefix, *names):
-    """The file of one of these names next to the matrix, plain or gzipped."""
+def next_to(path, prefix, *names):
+    """The file next to the matrix that has one of these names, plain or gzipped."""
     for name in names:
         for suffix in ("", ".gz"):
             if (candidate := path.with_name(prefix + name + suffix)).exists():
                 return candidate
-    raise InputError(f"{path.with_name(prefix + names[0])} is missing; it must lie beside {path.name}, plain or .gz")
+    raise InputError(f"{path.with_name(prefix + names[0])} is missing; it must lie next to "
+                     f"{path.name}, plain or .gz")
 
 
 def read_table(path):
-    """A headerless tab-separated text table."""
+    """Read a tab-separated text table that has no header."""
     try:
         with open_text(path) as file:
             return pd.read_csv(file, sep="\t", header=None, dtype=str, keep_default_na=False)
@@ -136,17 +154,18 @@ def read_table(path):
 
 
 def read_h5(path):
-    """A 10x feature-barcode matrix in HDF5; read by scanpy."""
+    """Read a 10x feature-barcode matrix in HDF5, with scanpy."""
     import scanpy
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(Variable|Observation) names are not unique")  # `build` looks at ids
+            # `build` checks the ids instead.
+            warnings.filterwarnings("ignore", "(Variable|Observation) names are not unique")
             adata = scanpy.read_10x_h5(path)
     except OSError as error:
         raise damaged(path, error) from None
-    except Exception:  # of many kinds, where a group or a column is not there
-        raise no_10x(path) from None
+    except Exception:  # a missing group or column raises errors of many kinds
+        raise not_10x(path) from None
     kinds = adata.var["feature_types"].to_numpy() if "feature_types" in adata.var else None
     return build(path, adata.X, adata.obs_names, adata.var["gene_ids"], adata.var_names, kinds)
 
@@ -164,35 +183,42 @@ def h5_features(path):
             ids, symbols, *kinds = (column.asstr()[:] for column in columns)
     except OSError as error:
         raise damaged(path, error) from None
-    except Exception:
-        raise no_10x(path) from None
+    except Exception:  # as in `read_h5`
+        raise not_10x(path) from None
     return ids, symbols, kinds[0] if kinds else None
 
 
-def no_10x(path):
-    return InputError(f"{path} is HDF5, but not a 10x feature-barcode matrix. Give the …feature_bc_matrix.h5 that "
-                      "Space Ranger wrote")
+def not_10x(path):
+    """The error for an HDF5 file that is not a 10x matrix."""
+    return InputError(f"{path} is HDF5, but not a 10x feature-barcode matrix. Give the "
+                      "…feature_bc_matrix.h5 that Space Ranger wrote")
 
 
 def read_h5ad(path):
-    """Counts of an AnnData file: layers["counts"] where there is such a layer, otherwise X."""
+    """Read the counts of an AnnData file: layers["counts"] if there is such a layer, else X."""
     with opened_h5ad(path) as file:
-        barcodes, var = anndata.io.read_elem(file["obs"]).index, anndata.io.read_elem(file["var"])
-        matrix = anndata.io.read_elem(file["layers/counts"] if "counts" in file.get("layers", ()) else file["X"])
+        barcodes = anndata.io.read_elem(file["obs"]).index
+        var = anndata.io.read_elem(file["var"])
+        where = "layers/counts" if "counts" in file.get("layers", ()) else "X"
+        matrix = anndata.io.read_elem(file[where])
     return build(path, matrix, barcodes.astype(str), *h5ad_features(var))
 
 
 def h5ad_features(var):
-    """Gene ids, symbols and kinds of an AnnData's gene table: the index is the id, or the symbol of an id beside it."""
+    """Gene ids, symbols and kinds of an AnnData's gene table.
+
+    The index is the id; or the symbol, if the table has a column of ids.
+    """
     index = var.index.astype(str)
     ids = next((var[column].astype(str) for column in ID_COLUMNS if column in var), index)
     symbols = next((var[column].astype(str) for column in SYMBOL_COLUMNS if column in var), index)
-    return ids, symbols, var["feature_types"].astype(str).to_numpy() if "feature_types" in var else None
+    kinds = var["feature_types"].astype(str).to_numpy() if "feature_types" in var else None
+    return ids, symbols, kinds
 
 
 @contextmanager
 def opened_h5ad(path):
-    """An open AnnData file; whatever its reading raises names the file."""
+    """Open an AnnData file as HDF5. Any error while it is read becomes one that names the file."""
     try:
         with h5py.File(path) as file:
             yield file
@@ -200,32 +226,45 @@ def opened_h5ad(path):
         raise
     except OSError as error:
         raise damaged(path, error) from None
-    except Exception as error:  # of many kinds, where a group or a column is not there
-        raise InputError(f"{path} is HDF5, but not an AnnData file that can be read ({first_line(error)}). Write it "
-                         "again with anndata") from None
+    except Exception as error:  # a missing group or column raises errors of many kinds
+        raise InputError(f"{path} is HDF5, but not an AnnData file that can be read "
+                         f"({first_line(error)}). Write it again with anndata") from None
 
 
 def read_st_table(path):
-    """A legacy Spatial Transcriptomics table: tab-separated spots x genes, row names `XxY`, header of gene ids."""
+    """Read a legacy Spatial Transcriptomics table, tab-separated, spots x genes.
+
+    Row names are `XxY`. The header holds gene ids, which are used as symbols too.
+    """
     try:
         with open_text(path) as file:
             table = pd.read_csv(file, sep="\t", index_col=0)
         matrix = scipy.sparse.csr_matrix(table.to_numpy(dtype=np.float64))
     except DAMAGED as error:
         raise damaged(path, error) from None
-    genes = st_genes(path)  # pandas renames a repeated column, and so hides it
+    genes = st_genes(path)  # not table.columns: pandas renames a repeated column and so hides it
     return build(path, matrix, table.index.astype(str), genes, genes)
 
 
 def st_genes(path):
     """The gene ids in the first line of an ST table."""
     with open_text(path) as file:
-        header, row = ([cell.strip('"') for cell in file.readline().rstrip("\n").split("\t")] for _ in range(2))
+        header = st_cells(file.readline())
+        row = st_cells(file.readline())
     return header[len(header) - (len(row) - 1):]  # the corner above the row names is optional
 
 
+def st_cells(line):
+    """The cells of a line of an ST table, without the quotes that R writes."""
+    return [cell.strip('"') for cell in line.rstrip("\n").split("\t")]
+
+
 def read_genes(path):
-    """The genes of a count matrix, without its counts: DataFrame, index gene id, symbol; as in `read_counts`."""
+    """Read the genes of a count matrix without its counts.
+
+    path: as for `read_counts`. Returns its `var`: DataFrame, index gene id, column symbol.
+    Raises InputError for a damaged file.
+    """
     path = Path(path)
     name = path.name.removesuffix(".gz")
     if name.endswith("matrix.mtx"):
@@ -245,73 +284,83 @@ def read_genes(path):
 
 
 def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
-    """AnnData (X: CSR int32) from a spots x genes matrix of counts and its names, gene-expression features only.
+    """AnnData (X: CSR int32) from a spots x genes matrix of counts and its names.
 
-    Raises InputError for values that are not counts, for repeated names, and where nothing is left.
+    path: the file, for error messages. kinds: the feature type of each gene; only those of kind
+    "Gene Expression" are used. None: all are.
+    Raises InputError for values that are not counts, for repeated names, and if nothing is left.
     """
     if not scipy.sparse.issparse(matrix):
         matrix = scipy.sparse.csr_matrix(matrix)
-    matrix.data = whole_counts(path, matrix.data)  # the smaller values first, that fewer are copied
+    matrix.data = as_counts(path, matrix.data)  # before tocsr, which then copies fewer bytes
     matrix = matrix.tocsr()
     obs = pd.DataFrame(index=pd.Index(barcodes, name="barcode"))
     var = gene_table(gene_ids, symbols, kinds)
     if kinds is not None and (kinds != "Gene Expression").any():
         matrix = matrix[:, kinds == "Gene Expression"]
     if 0 in matrix.shape:
-        raise InputError(f"{path}: holds {matrix.shape[0]} spots x {matrix.shape[1]} genes of gene expression. "
-                         "Download it again")
+        raise InputError(f"{path}: holds {matrix.shape[0]} spots x {matrix.shape[1]} genes of gene "
+                         "expression. Download it again")
     for what, names in (("barcode", obs.index), ("gene id", var.index)):
         if not names.is_unique:
             twice = names[names.duplicated()][0]
             raise InputError(f"{path}: {what} {twice} occurs more than once; each must be unique. "
-                             "Download the matrix again or mend its table")
+                             "Download the matrix again or fix its table")
     return anndata.AnnData(matrix, obs=obs, var=var)
 
 
-def whole_counts(path, values):
-    """Values of a count matrix as int32. Raises InputError where one is not a count."""
-    whole = np.issubdtype(values.dtype, np.integer)  # most are, and need no further look
-    if not whole and np.isnan(values).any():
+def as_counts(path, values):
+    """Values of a count matrix as int32. Raises InputError if one is not a count."""
+    integer = np.issubdtype(values.dtype, np.integer)  # most are, and need no further check
+    if not integer and np.isnan(values).any():
         raise InputError(f"{path}: some of its values are empty. Download it again")
     if values.size and (values.min() < 0 or values.max() > np.iinfo(np.int32).max
-                        or not (whole or (values == np.rint(values)).all())):
+                        or not (integer or (values == np.rint(values)).all())):
         where = ', in layers["counts"] or X' if path.suffix == ".h5ad" else ""
-        raise InputError(f"{path}: holds values that are not counts (whole numbers from 0). Give the raw counts{where}"
-                         ", not normalised expression")
+        raise InputError(f"{path}: holds values that are not counts (whole numbers from 0). Give "
+                         f"the raw counts{where}, not normalised expression")
     return values.astype(np.int32, copy=False)
 
 
 def gene_table(gene_ids, symbols, kinds=None):
-    """Symbols by gene id, of gene-expression features only."""
-    var = pd.DataFrame({"symbol": np.asarray(symbols)}, index=pd.Index(gene_ids, name="gene_id"))
+    """DataFrame of symbols by gene id. Features that are not gene expression are left out."""
+    index = pd.Index(gene_ids, name="gene_id")
+    var = pd.DataFrame({"symbol": np.asarray(symbols)}, index=index)
     return var if kinds is None else var[kinds == "Gene Expression"]
 
 
 def read_symbols(path):
-    """Gene symbols by id, from a table with the columns gene_id and gene_name."""
+    """Read gene symbols from a table with the columns gene_id and gene_name.
+
+    Returns a Series of symbols by gene id. Raises InputError for a damaged file, for an absent
+    column, and for an id with several symbols.
+    """
     try:
         with open_text(path) as file:
             table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
     except DAMAGED as error:
         raise damaged(path, error) from None
     if not {"gene_id", "gene_name"} <= set(table.columns):
-        raise InputError(f"{path}: not a table of gene symbols: its first line lacks gene_id or gene_name")
+        raise InputError(f"{path}: not a table of gene symbols: its first line lacks gene_id or "
+                         "gene_name. Name these two columns in it")
     table = table.drop_duplicates(["gene_id", "gene_name"]).set_index("gene_id")
     if not table.index.is_unique:
         twice = table.index[table.index.duplicated()][0]
-        raise InputError(f"{path}: gene id {twice} occurs more than once, with different symbols. Keep one of them")
+        raise InputError(f"{path}: gene id {twice} occurs more than once, with different symbols. "
+                         "Keep one of them")
     return table["gene_name"]
 
 
-# ---------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- positions
 
 
 def read_positions(path):
-    """Spot positions of any known version, told from the content, not from the name.
+    """Read spot positions of any known version, determined from the content, not from the name.
 
-    Space Ranger's with or without header or as parquet, STUtility's alignment tables, and AnnData. Returns a DataFrame
-    by barcode: in_tissue (bool), array_row, array_col (int; absent where an AnnData has none), x, y (float,
-    full-resolution pixels: image column and row); attrs["kind"], the version in words.
+    path: Space Ranger's csv with or without header, or its parquet; STUtility's alignment table; or
+    AnnData. Returns a DataFrame with index barcode and the columns in_tissue (bool), array_row,
+    array_col (int; absent if an AnnData has none), x, y (float, full-resolution pixels: image
+    column and row); attrs["kind"] is the version in words. Raises InputError for a damaged file.
     """
     path = Path(path)
     try:
@@ -321,48 +370,65 @@ def read_positions(path):
             return read_h5ad_positions(path)
         if magic == b"PAR1":
             return space_ranger_positions(path, read_parquet(path), "parquet")
-        with open_text(path) as file:
-            first = file.readline()
-            file.seek(0)
-            if "pixel_x" in first.split():
-                table = pd.read_csv(file, sep="\t")
-                return positions(path, "alignment table", table["x"].astype(str) + "x" + table["y"].astype(str),
-                                 table["selected"], table["y"], table["x"], table["pixel_x"], table["pixel_y"])
-            if not first:
-                raise InputError(f"{path} is empty. Download it again")
-            headed = not any(letter.isdigit() for letter in first)  # Space Ranger's own rule
-            if first.count(",") != 5:
-                raise InputError(f"{path}: not a position file: its first line has {first.count(',') + 1} columns, "
-                                 f"expected the six of Space Ranger ({', '.join(POSITION_COLUMNS)}). "
-                                 "Download it again")
-            table = pd.read_csv(file, header=0 if headed else None, names=None if headed else POSITION_COLUMNS)
-            return space_ranger_positions(path, table, "csv with header" if headed else "csv, no header")
+        return read_text_positions(path)
     except DAMAGED as error:
         raise damaged(path, error) from None
+
+
+def read_text_positions(path):
+    """Positions of an alignment table or of Space Ranger's csv."""
+    with open_text(path) as file:
+        first = file.readline()
+        file.seek(0)
+        if "pixel_x" in first.split():
+            return alignment_positions(path, pd.read_csv(file, sep="\t"))
+        if not first:
+            raise InputError(f"{path} is empty. Download it again")
+        if first.count(",") != 5:
+            raise InputError(f"{path}: not a position file: its first line has "
+                             f"{first.count(',') + 1} columns, expected the six of Space Ranger "
+                             f"({', '.join(POSITION_COLUMNS)}). Download it again")
+        if any(letter.isdigit() for letter in first):  # Space Ranger's own rule
+            table = pd.read_csv(file, header=None, names=POSITION_COLUMNS)
+            return space_ranger_positions(path, table, "csv, no header")
+        return space_ranger_positions(path, pd.read_csv(file), "csv with header")
+
+
+def alignment_positions(path, table):
+    """The position table from STUtility's columns. Barcodes are `XxY`, as in the ST table."""
+    barcodes = table["x"].astype(str) + "x" + table["y"].astype(str)
+    return positions(path, "alignment table", barcodes, {
+        "in_tissue": table["selected"], "array_row": table["y"], "array_col": table["x"],
+        "x": table["pixel_x"], "y": table["pixel_y"]})
 
 
 def space_ranger_positions(path, table, kind):
     """The position table from Space Ranger's columns, by their names."""
     if absent := set(POSITION_COLUMNS) - set(table.columns):
-        raise InputError(f"{path}: its header lacks {', '.join(sorted(absent))}; expected the columns of Space "
-                         f"Ranger ({', '.join(POSITION_COLUMNS)})")
-    return positions(path, kind, *(table[column] for column in (
-        "barcode", "in_tissue", "array_row", "array_col", "pxl_col_in_fullres", "pxl_row_in_fullres")))
+        raise InputError(f"{path}: its header lacks {', '.join(sorted(absent))}; expected the "
+                         f"columns of Space Ranger ({', '.join(POSITION_COLUMNS)})")
+    return positions(path, kind, table["barcode"], {
+        "in_tissue": table["in_tissue"], "array_row": table["array_row"],
+        "array_col": table["array_col"], "x": table["pxl_col_in_fullres"],
+        "y": table["pxl_row_in_fullres"]})
 
 
 def read_parquet(path):
-    """A parquet table, as Space Ranger writes the positions of Visium HD's bins."""
+    """Read a parquet table. Space Ranger writes one with the positions of Visium HD's bins."""
     try:
         return pd.read_parquet(path)
     except ImportError:
-        raise InputError(f"{path} is parquet, which needs pyarrow: pip install pyarrow, or install this project with "
-                         "its extra hd") from None
-    except Exception as error:  # pyarrow's own kinds
+        raise InputError(f"{path} is parquet, which needs pyarrow: pip install pyarrow, or install "
+                         "this project with its extra hd") from None
+    except Exception as error:  # pyarrow has its own kinds of errors
         raise damaged(path, error) from None
 
 
 def read_h5ad_positions(path):
-    """Positions of an AnnData file: obsm["spatial"], or HEST's columns of obs; without in_tissue all are under it."""
+    """Positions of an AnnData file: obsm["spatial"], or the columns that HEST writes to obs.
+
+    Without a column in_tissue, all spots are under tissue.
+    """
     with opened_h5ad(path) as file:
         obs = anndata.io.read_elem(file["obs"])
         if "spatial" in file.get("obsm", ()):
@@ -370,53 +436,66 @@ def read_h5ad_positions(path):
         elif {"pxl_col_in_fullres", "pxl_row_in_fullres"} <= set(obs):
             xy = obs[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(np.float64)
         else:
-            raise InputError(f'{path}: has neither obsm["spatial"] nor pxl_col_in_fullres and pxl_row_in_fullres in '
-                             "obs. Name a position file beside it")
-    if "in_tissue" in obs:
-        in_tissue = obs["in_tissue"].astype(str).isin(["1", "1.0", "True"])  # numbers, truth values or categories
+            raise InputError(f'{path}: has neither obsm["spatial"] nor pxl_col_in_fullres and '
+                             "pxl_row_in_fullres in obs. Name a position file in addition to it")
+    if "in_tissue" in obs:  # as numbers, truth values or categories
+        columns = {"in_tissue": obs["in_tissue"].astype(str).isin(["1", "1.0", "True"])}
     else:
-        in_tissue = pd.Series(1, obs.index)
-    array = {"array_row", "array_col"} <= set(obs)
-    return positions(path, "h5ad" if array else "h5ad, no array", obs.index, in_tissue,
-                     obs["array_row"] if array else None, obs["array_col"] if array else None, *map(pd.Series, xy.T))
+        columns = {"in_tissue": pd.Series(1, obs.index)}
+    kind = "h5ad, no array"
+    if {"array_row", "array_col"} <= set(obs):
+        kind = "h5ad"
+        columns |= {"array_row": obs["array_row"], "array_col": obs["array_col"]}
+    columns |= zip(("x", "y"), map(pd.Series, xy.T), strict=True)
+    return positions(path, kind, obs.index, columns)
 
 
-def positions(path, kind, barcode, in_tissue, array_row, array_col, x, y):
-    """The position table from its columns; array_row and array_col may be None."""
-    numbers = {"in_tissue": in_tissue, "array_row": array_row, "array_col": array_col, "x": x, "y": y}
-    numbers = {name: column for name, column in numbers.items() if column is not None}
-    table = pd.DataFrame({name: column.to_numpy(dtype=np.float64) for name, column in numbers.items()},
-                         index=pd.Index(barcode.astype(str), name="barcode"))
+def positions(path, kind, barcodes, columns):
+    """The position table that `read_positions` returns.
+
+    columns: in_tissue, array_row, array_col, x and y in this order -> Series of numbers; the two of
+    the array may be absent. Raises InputError for a repeated barcode or a missing number.
+    """
+    numbers = {name: column.to_numpy(dtype=np.float64) for name, column in columns.items()}
+    table = pd.DataFrame(numbers, index=pd.Index(barcodes.astype(str), name="barcode"))
     if not table.index.is_unique:
         twice = table.index[table.index.duplicated()][0]
         raise InputError(f"{path}: barcode {twice} occurs more than once. Download it again")
-    if not (complete := np.isfinite(table.to_numpy()).all(axis=1)).all():
-        raise InputError(f"{path}: the line of {table.index[~complete][0]} is incomplete. Download it again")
-    table = table.assign(in_tissue=table["in_tissue"] == 1).astype(
-        {name: np.int64 for name in ("array_row", "array_col") if name in table})
+    complete = np.isfinite(table.to_numpy()).all(axis=1)
+    if not complete.all():
+        raise InputError(f"{path}: the line of {table.index[~complete][0]} is incomplete. Download "
+                         "it again")
+    integers = {name: np.int64 for name in ("array_row", "array_col") if name in table}
+    table = table.assign(in_tissue=table["in_tissue"] == 1).astype(integers)
     table.attrs["kind"] = kind
     return table
 
 
 def join(counts, spots, counts_path, positions_path):
-    """Counts and positions of the spots under tissue, joined by barcode, in the matrix's order.
+    """Join counts and positions by barcode: the spots under tissue, in the matrix's order.
 
-    Returns AnnData: X counts, obs in_tissue, array_row, array_col, obsm["spatial"] = (x, y) in full-resolution pixels.
-    Raises InputError unless every spot under tissue is in the matrix: otherwise the two files are not of one section.
-    An AnnData, from which people drop poor spots, and Visium HD, of which some bins hold nothing, may lack some.
+    counts: as `read_counts` returns it. spots: as `read_positions` returns it. The two paths are
+    for error messages and, by its suffix, for the kind of the matrix.
+    Returns AnnData: X counts, obs in_tissue, array_row, array_col (as far as spots has them),
+    obsm["spatial"] = (x, y) in full-resolution pixels.
+    Raises InputError unless every spot under tissue is in the matrix, because otherwise the two
+    files are of different sections. Two kinds may lack some spots: an AnnData, from which people
+    drop poor spots, and Visium HD, in which some bins hold no counts.
     """
     under_tissue = spots.index[spots["in_tissue"]]
     if not len(under_tissue):
-        raise InputError(f"{positions_path}: no spot is under tissue (in_tissue == 1 nowhere). Check that this is the "
-                         "section's own position file")
+        raise InputError(f"{positions_path}: no spot is under tissue (in_tissue == 1 nowhere). "
+                         "Check that this is the section's own position file")
     absent = under_tissue.difference(counts.obs_names)
-    may_lack = Path(counts_path).suffix == ".h5ad" or spots.attrs.get("kind") == "parquet"
-    if len(absent) == len(under_tissue) or (len(absent) and not may_lack):
-        raise InputError(f"{counts_path} lacks {len(absent)} of the {len(under_tissue)} spots that {positions_path} "
-                         f"has under tissue, {absent[0]} for one; its own begin {', '.join(counts.obs_names[:2])}. "
-                         "They belong to different sections, or the matrix is incomplete")
-    kept = counts.obs_names.isin(under_tissue)
-    adata = counts if kept.all() else counts[kept].copy()
+    may_lack_spots = Path(counts_path).suffix == ".h5ad" or spots.attrs.get("kind") == "parquet"
+    if len(absent) == len(under_tissue) or (len(absent) and not may_lack_spots):
+        raise InputError(f"{counts_path} lacks {len(absent)} of the {len(under_tissue)} spots that "
+                         f"{positions_path} has under tissue, for example {absent[0]}; the first "
+                         f"barcodes of the matrix are {', '.join(counts.obs_names[:2])}. The two "
+                         "files belong to different sections, or the matrix is incomplete. Give "
+                         "both files of one section")
+    joined = counts.obs_names.isin(under_tissue)
+    adata = counts if joined.all() else counts[joined].copy()
     spots = spots.loc[adata.obs_names]
     columns = [column for column in ("in_tissue", "array_row", "array_col") if column in spots]
     adata.obs[columns] = spots[columns]
