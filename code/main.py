@@ -66,11 +66,42 @@ VALIDATIONS = 5  # of a training, about
 
 
 class History(NamedTuple):
-    """What training reports: a dict per epoch, its speed, and the number of training spots."""
+    """What training reports: a dict per epoch, its speed, and the number of training spots.
 
-    losses: list  # dicts: epoch, train_loss; where validated, validation_loss, validation_pearson
+    The dicts hold epoch and train_loss; where validated, validation_loss and validation_pearson.
+    """
+
+    losses: list
     patches_per_second: list
     n_training: int
+
+
+class Split(NamedTuple):
+    """Indices of the training and of the validation spots, int64, sorted."""
+
+    training: torch.Tensor
+    validation: torch.Tensor
+
+
+class Fit(NamedTuple):
+    """What the steps of one training share.
+
+    trained: the model and what it is trained on. model: its network, with gradients averaged over
+    the ranks if there are several. batch_size: B, over all ranks.
+    """
+
+    trained: Trained
+    model: torch.nn.Module
+    optimiser: torch.optim.Optimizer
+    spots: Spots
+    split: Split
+    batch_size: int
+    ranks: parallel.Ranks
+
+    def say(self, text):
+        """Print on one rank only."""
+        if self.ranks.rank == 0:
+            print(text, flush=True)
 
 
 def train(settings: Training, run: Run) -> History:
@@ -80,140 +111,59 @@ def train(settings: Training, run: Run) -> History:
     Raises InputError if the data are missing or too few, or if another model lies there already.
     """
     ranks = parallel.start(command.pick_device(settings.device))
+    if settings.freeze and ranks.world > 1:
+        raise InputError("--freeze under torchrun: heads alone train in seconds. Run it as python "
+                         "code/main.py")
     with locked(run.checkpoint) if ranks.rank == 0 else nullcontext():
-        history = fit(settings, run, ranks)
+        torch.manual_seed(settings.seed)
+        history = run_epochs(set_up(settings, ranks), run, settings)
     parallel.finish()
     return history
 
 
-def fit(settings, run, ranks):
-    """What `train` does, as one of the ranks, with no other training of this model at the same time."""
-    rank, world, device = ranks
-    say = print if rank == 0 else lambda *_, **__: None
-    if settings.freeze and world > 1:
-        raise InputError("--freeze under torchrun: heads alone train in seconds. Run it as python "
-                         "code/main.py")
-    torch.manual_seed(settings.seed)
+# -------------------------------------------------------------------------- data, model, optimiser
 
-    # Data: the reference sections' spots. Those of one section, as a rule, are kept for validation.
+
+def set_up(settings, ranks):
+    """The data, the network before its first step, and the optimiser: a Fit."""
     processed = Processed(settings.dataset)
     reference, _ = processed.roles(settings.query)
     processed.check_made_from(reference)
     table = processed.sections().loc[reference]
     panel = processed.panel(settings.panel_type, settings.protocol, reference)
-    spots = Spots(processed, reference, panel, device)
+    spots = Spots(processed, reference, panel, ranks.device)
     split = Split(*split_spots(spots, table["crop_px"], settings.val_fraction, settings.protocol,
                                settings.seed))
-    training, validation = split
     check_split(settings, split, table)
-    batch_size = min(settings.batch_size, len(training) // world * world)
-    if batch_size % world:
-        raise InputError(f"--batch_size {batch_size} cannot be shared equally by {world} "
+    batch_size = min(settings.batch_size, len(split.training) // ranks.world * ranks.world)
+    if batch_size % ranks.world:
+        raise InputError(f"--batch_size {batch_size} cannot be shared equally by {ranks.world} "
                          "processes. Choose a multiple")
-    say(f"{settings.dataset} {run.name}: {len(panel)} genes; {', '.join(reference)}: "
-        f"{len(training)} training and {len(validation)} validation "
-        f"spots{where_validated(spots, split)}")
 
-    # Model. `model` is the network with gradients averaged over the ranks, if there are several.
     patch_px, patch_um = int(table["patch_px"].iloc[0]), float(table.eval("crop_px * mpp").mean())
-    network = build(settings, panel, patch_px, spots.expression[training.to(device)])
-    network.to(device, memory_format=torch.channels_last)
+    network = build(settings, panel, patch_px, spots.expression[split.training.to(ranks.device)])
+    network.to(ranks.device, memory_format=torch.channels_last)
     # What the model is does not depend on how and where this call was made.
     learned = replace(settings, resume=False, overwrite=False, save_path=None)
     trained = Trained(network, learned, panel, table["digest"].to_dict(), patch_px, patch_um)
-    by_itself = device.type == "cuda" and not settings.freeze
-    if settings.compile or (settings.compile is None and by_itself):
+    compiled = settings.compile
+    if compiled is None:
+        compiled = ranks.device.type == "cuda" and not settings.freeze
+    if compiled:
         network.image_encoder.compile()
-        say("the encoder is compiled during the first epoch")
-    model = parallel.distribute(network, device)
-    optimiser = adamw(network, settings, device)
+    model = parallel.distribute(network, ranks.device)
+    fit = Fit(trained, model, adamw(network, settings, ranks.device), spots, split, batch_size,
+              ranks)
     if settings.freeze:
-        freeze(trained, processed, spots, settings.batch_size)
-    say(f"{settings.encoder} at {network.config.image_size} px on {world} x {device.type}; "
-        f"{spots.patches.where()}")
-
-    losses, speeds = [], []
-    if settings.resume and run.last.exists():
-        losses = load_progress(run.last, trained, optimiser)
-        say(f"resuming after epoch {len(losses)}")
-    elif rank == 0:
-        if not settings.overwrite:
-            check_replaceable(run, trained)
-        run.unfinished.unlink(missing_ok=True)
-    best = max((row.get("validation_pearson", -math.inf) for row in losses), default=-math.inf)
-    steps = len(training) // batch_size * settings.max_epochs
-
-    # Training. Each epoch sees each training spot once, in a new order and as one of its 8
-    # symmetries. All that is random comes from the seed and the epoch's number, so that a resumed
-    # run repeats what it would have been.
-    for epoch in range(len(losses) + 1, settings.max_epochs + 1):
-        start = time.perf_counter()
-        model.train()
-        generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
-        torch.manual_seed((settings.seed * 100_003 + epoch) * world + rank)  # dropout
-        order = training[torch.randperm(len(training), generator=generator)]
-        batches = order[:len(order) // batch_size * batch_size].split(batch_size)  # whole ones only
-        mine = [ranks.mine(index) for index in batches]
-        total = torch.zeros((), device=device)
-        bar = tqdm(zip(mine, spots.patches.stream(mine), strict=True),
-                   f"epoch {epoch}/{settings.max_epochs}", len(mine), leave=False,
-                   disable=None if rank == 0 else True)
-        for step, (index, patches) in enumerate(bar, 1):
-            factor = learning_rate_factor((epoch - 1) * len(mine) + step, steps, settings.schedule)
-            for group in optimiser.param_groups:
-                group["lr"] = group["full_lr"] * factor
-            expression = spots.expression[index.to(device)]  # (B / R, G)
-            loss = batch_loss(model, network, patches, expression, settings, generator, ranks)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            total += loss.detach()
-            if step % 10 == 0 and not bar.disable:  # reading the loss waits for the GPU
-                bar.set_postfix(loss=f"{total.item() / step:.3f}")
-
-        train_loss = total.item() / len(batches)
-        if not math.isfinite(train_loss):
-            raise InputError(f"the training loss of epoch {epoch} is {train_loss}: training has "
-                             f"diverged. Lower --lr (now {settings.lr}) or raise --temperature "
-                             f"(now {settings.temperature})")
-        speeds.append(len(batches) * batch_size / (time.perf_counter() - start))
-        losses.append({"epoch": epoch, "train_loss": train_loss})
-        report, is_best = f"epoch {epoch}: training loss {train_loss:.3f}", True
-        if len(validation):
-            is_best = False
-        if is_validated(epoch, settings) and len(validation):
-            validation_loss, per_gene = validate(trained, spots, split, batch_size, ranks)
-            score = mean_defined(per_gene)
-            if math.isnan(score):
-                raise InputError(f"no gene varies over the {len(validation)} validation spots, so "
-                                 "no epoch can be called the best. Raise --val_fraction")
-            losses[-1] |= {"validation_loss": validation_loss, "validation_pearson": score}
-            is_best, best = score > best, max(score, best)
-            trained.validation = per_gene.tolist()
-            report += (f", validation loss {validation_loss:.3f}, validation Pearson {score:.4f}"
-                       + (" *" if is_best else "  "))
-        trained.epoch = epoch
-        say(f"{report}  {speeds[-1]:,.0f} patches/s", flush=True)
-        if rank == 0:
-            if is_best:
-                save_checkpoint(run.unfinished, trained)
-            with atomic_path(run.losses) as path:
-                pd.DataFrame(losses).to_csv(path, index=False)
-            save_progress(run.last, trained, optimiser, losses)
-    if rank == 0 and run.unfinished.exists():
-        os.replace(run.unfinished, run.checkpoint)
-    if len(validation):
-        say(f"best: validation Pearson {best:.4f}; model in {run.checkpoint}")
-    else:
-        say(f"model of the last epoch in {run.checkpoint}")
-    return History(losses, speeds, len(training))
-
-
-class Split(NamedTuple):
-    """Indices of the training and of the validation spots, int64, sorted."""
-
-    training: torch.Tensor
-    validation: torch.Tensor
+        freeze(fit, processed)
+    fit.say(f"{settings.dataset} {trained.name}: {len(panel)} genes; {', '.join(reference)}: "
+            f"{len(split.training)} training and {len(split.validation)} validation "
+            f"spots{where_validated(spots, split)}")
+    fit.say(f"{settings.encoder} at {network.config.image_size} px on {ranks.world} x "
+            f"{ranks.device.type}; {spots.patches.where()}")
+    if compiled:
+        fit.say("the encoder is compiled during the first epoch")
+    return fit
 
 
 def check_split(settings, split, table):
@@ -233,16 +183,6 @@ def where_validated(spots, split):
         return f" ({', '.join(sorted(held_out))})"
     between = len(spots) - len(split.training) - len(split.validation)
     return f", {between} between them left out"
-
-
-def is_validated(epoch, settings):
-    """Whether an epoch is validated: every one with --freeze, else about VALIDATIONS and the last.
-
-    A validation encodes all patches in all views of the recipe, which takes as long as several
-    epochs.
-    """
-    every = 1 if settings.freeze else max(1, round(settings.max_epochs / VALIDATIONS))
-    return epoch % every == 0 or epoch == settings.max_epochs
 
 
 def build(settings, panel, patch_px, expression):
@@ -271,36 +211,132 @@ def adamw(network, settings, device):
     return torch.optim.AdamW(groups, weight_decay=settings.wd, fused=device.type == "cuda")
 
 
-def freeze(trained, processed, spots, batch_size):
-    """Leave the encoder as it is: from here on, features of all 8 symmetries stand in for
-    patches."""
-    network, settings, device = trained.network, trained.settings, spots.expression.device
+def freeze(fit, processed):
+    """Leave the encoder as it is: from here on, features of all 8 symmetries replace patches."""
+    trained, network, device = fit.trained, fit.trained.network, fit.ranks.device
     network.image_encoder.requires_grad_(False)
     weights = digest(network.image_encoder)
+    settings = trained.settings
     from_hub = settings.encoder.startswith("hf-hub:") and not settings.encoder_weights
     trained.frozen = {"weights": weights, "hub": settings.encoder if from_hub else None}
     network.eval()
-    features = [features_of(processed, section, network, weights, device, batch_size)
+    features = [features_of(processed, section, network, weights, device, settings.batch_size)
                 for section in trained.reference]
-    spots.patches = Patches(features, device)
+    fit.spots.patches = Patches(features, device)
 
 
-def batch_loss(model, network, patches, expression, settings, generator, ranks):
+# --------------------------------------------------------------------------------------- the epochs
+
+
+def run_epochs(fit, run, settings):
+    """Train epoch by epoch, keep the best, and write what the next epoch depends on."""
+    trained, rank = fit.trained, fit.ranks.rank
+    losses, speeds = [], []
+    if settings.resume and run.last.exists():
+        losses = load_progress(run.last, trained, fit.optimiser)
+        fit.say(f"resuming after epoch {len(losses)}")
+    elif rank == 0:
+        if not settings.overwrite:
+            check_replaceable(run, trained)
+        run.unfinished.unlink(missing_ok=True)
+    best = max((row.get("validation_pearson", -math.inf) for row in losses), default=-math.inf)
+
+    for epoch in range(len(losses) + 1, settings.max_epochs + 1):
+        loss, speed = one_epoch(fit, epoch)
+        speeds.append(speed)
+        losses.append({"epoch": epoch, "train_loss": loss})
+        report, is_best = f"epoch {epoch}: training loss {loss:.3f}", settings.val_fraction == 0
+        if is_validated(epoch, settings):
+            validation_loss, score = validate(fit)
+            losses[-1] |= {"validation_loss": validation_loss, "validation_pearson": score}
+            is_best, best = score > best, max(score, best)
+            report += (f", validation loss {validation_loss:.3f}, validation Pearson {score:.4f}"
+                       + (" *" if is_best else "  "))
+        trained.epoch = epoch
+        fit.say(f"{report}  {speed:,.0f} patches/s")
+        if rank == 0:
+            if is_best:
+                save_checkpoint(run.unfinished, trained)
+            with atomic_path(run.losses) as path:
+                pd.DataFrame(losses).to_csv(path, index=False)
+            save_progress(run.last, trained, fit.optimiser, losses)
+
+    if rank == 0 and run.unfinished.exists():
+        os.replace(run.unfinished, run.checkpoint)
+    if settings.val_fraction:
+        fit.say(f"best: validation Pearson {best:.4f}; model in {run.checkpoint}")
+    else:
+        fit.say(f"model of the last epoch in {run.checkpoint}")
+    return History(losses, speeds, len(fit.split.training))
+
+
+def is_validated(epoch, settings):
+    """Whether an epoch is validated: every one with --freeze, else about VALIDATIONS and the last.
+
+    A validation encodes all patches in all views of the recipe. That takes as long as several
+    epochs, but with the features of a frozen encoder it does not.
+    """
+    every = 1 if settings.freeze else max(1, round(settings.max_epochs / VALIDATIONS))
+    return settings.val_fraction > 0 and (epoch % every == 0 or epoch == settings.max_epochs)
+
+
+def one_epoch(fit, epoch):
+    """See each training spot once, in a new order and as one of its 8 symmetries.
+
+    All that is random comes from the seed and the epoch's number, so that a resumed run repeats
+    what it would have been. Returns (mean loss, patches per second).
+    """
+    settings, ranks, start = fit.trained.settings, fit.ranks, time.perf_counter()
+    fit.model.train()
+    seed = settings.seed * 100_003 + epoch
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed * ranks.world + ranks.rank)  # dropout
+    order = fit.split.training[torch.randperm(len(fit.split.training), generator=generator)]
+    n_batches = len(order) // fit.batch_size  # whole ones only
+    batches = order[:n_batches * fit.batch_size].split(fit.batch_size)
+    mine = [ranks.mine(index) for index in batches]
+    steps, total = n_batches * settings.max_epochs, torch.zeros((), device=ranks.device)
+    bar = tqdm(zip(mine, fit.spots.patches.stream(mine), strict=True),
+               f"epoch {epoch}/{settings.max_epochs}", n_batches, leave=False,
+               disable=None if ranks.rank == 0 else True)
+    for step, (index, patches) in enumerate(bar, 1):
+        factor = learning_rate_factor((epoch - 1) * n_batches + step, steps, settings.schedule)
+        for group in fit.optimiser.param_groups:
+            group["lr"] = group["full_lr"] * factor
+        expression = fit.spots.expression[index.to(ranks.device)]  # (B / R, G)
+        loss = batch_loss(fit, patches, expression, generator)
+        fit.optimiser.zero_grad()
+        loss.backward()
+        fit.optimiser.step()
+        total += loss.detach()
+        if step % 10 == 0 and not bar.disable:  # reading the loss waits for the GPU
+            bar.set_postfix(loss=f"{total.item() / step:.3f}")
+    mean = total.item() / n_batches
+    if not math.isfinite(mean):
+        raise InputError(f"the training loss of epoch {epoch} is {mean}: training has diverged. "
+                         f"Lower --lr (now {settings.lr}) or raise --temperature (now "
+                         f"{settings.temperature})")
+    return mean, n_batches * fit.batch_size / (time.perf_counter() - start)
+
+
+def batch_loss(fit, patches, expression, generator):
     """The loss of one global batch of B spots, of which this rank has B / R.
 
     patches: uint8 (B / R, P, P, 3), or features. expression: (B / R, G). What is random is drawn
     for the whole batch on every rank, and each takes its share.
     """
+    network, settings, ranks = fit.trained.network, fit.trained.settings, fit.ranks
     n = len(expression) * ranks.world
     patches = augment(patches, ranks.mine(random_turns(n, generator)))
     if settings.colour_jitter:
-        patches = stain(patches, ranks.mine(random_stains(n, generator)), settings.colour_jitter)
+        stains = ranks.mine(random_stains(n, generator))
+        patches = stain(patches, stains, settings.colour_jitter)
     if settings.mixup:
         shares = ranks.mine(random_shares(n, settings.mixup, generator))
         patches, expression = mix(patches, shares), mix(expression, shares)
     pixels = to_pixels(patches, network.config)  # (B / R, 3, S, S)
     with command.autocast(ranks.device):
-        image, gene, predicted = model(pixels, expression)  # (B / R, D), (B / R, D), (B / R, G)
+        image, gene, predicted = fit.model(pixels, expression)  # (B / R, D) twice, (B / R, G)
     image, gene = parallel.gather(image.float()), parallel.gather(gene.float())
     loss = LOSSES[settings.loss](image, gene, network.temperature)
     if settings.expression_loss:
@@ -321,47 +357,62 @@ def learning_rate_factor(step, steps, schedule):
     return min(step / warm, falling)
 
 
+# --------------------------------------------------------------------------------------- validation
+
+
 @torch.inference_mode()
-def validate(trained, spots, split, batch_size, ranks):
+def validate(fit):
     """The loss over the validation spots, and what selects the epoch: the task itself.
 
     The validation spots of each section are predicted as infer.py would, by the recipe's own
-    prediction, from the training spots. Returns (loss, Pearson correlation per gene (G,), the mean
-    over sections where it is defined).
+    prediction, from the training spots. Returns (loss, Pearson correlation, its mean over genes
+    where it is defined). The correlation per gene is kept in `trained.validation`.
     """
+    trained, split, spots = fit.trained, fit.split, fit.spots
     network, settings = trained.network.eval(), trained.settings
     how = PREDICTING[settings.recipe]
     if settings.protocol == "paper":  # spots drawn at random have no neighbours to smooth over
         how = replace(how, smoothing=0.0)
-    device = spots.expression.device
-
-    def embed(index):  # (n,) -> (n, D)
-        own = encode_patches(network, spots.patches, ranks.mine(index),
-                             max(1, batch_size // ranks.world), how.views)
-        return parallel.gather_interleaved(own)
-
-    image = embed(split.validation)
+    device, loss_of = fit.ranks.device, LOSSES[settings.loss]
+    image = embed(fit, split.validation, how.views)
     truth = spots.expression[split.validation.to(device)]
     gene = network.encode_expression(truth)
-    loss_of = LOSSES[settings.loss]
-    loss = sum(loss_of(i, g, network.temperature).item() * len(i)
-               for i, g in zip(image.split(batch_size), gene.split(batch_size), strict=True))
+    loss = sum(loss_of(i, g, network.temperature).item() * len(i) for i, g in zip(
+        image.split(fit.batch_size), gene.split(fit.batch_size), strict=True))
 
-    known = spots.expression[split.training.to(device)]
-    section = spots.section[split.training.numpy()]
-    names, sizes = np.unique(section, return_counts=True)
-    order = [name for name in trained.reference if name in names]
-    embeddings = {"gene": network.encode_expression(known)}
-    if how.retrieval != "gene" and not trained.is_regression:
-        embeddings["image"] = embed(split.training)
-    sizes = [int(sizes[names == name][0]) for name in order]
-    reference = Reference(order, sizes, known.cpu().numpy(), embeddings)
+    reference = training_reference(fit, how)
     section, xy = spots.section[split.validation.numpy()], spots.xy[split.validation.numpy()]
     truth, scores = truth.cpu().numpy(), []
-    for rows in (np.flatnonzero(section == name) for name in dict.fromkeys(section)):
+    for name in dict.fromkeys(section):
+        rows = np.flatnonzero(section == name)
         predicted = predict(image[rows], xy[rows], reference, how, trained.is_regression)
         scores.append(pearson_per_gene(predicted.expression, truth[rows]))
-    return loss / len(image), mean_over_sections(np.stack(scores))
+    per_gene = mean_over_sections(np.stack(scores))
+    trained.validation, score = per_gene.tolist(), mean_defined(per_gene)
+    if math.isnan(score):
+        raise InputError(f"no gene varies over the {len(image)} validation spots, so no epoch can "
+                         "be called the best. Raise --val_fraction")
+    return loss / len(image), score
+
+
+def embed(fit, index, views):
+    """Image embeddings of spots by their index, (n,) -> (n, D), shared between the ranks."""
+    own = encode_patches(fit.trained.network, fit.spots.patches, fit.ranks.mine(index),
+                         max(1, fit.batch_size // fit.ranks.world), views)
+    return parallel.gather_interleaved(own)
+
+
+def training_reference(fit, how):
+    """The Reference of the training spots, with the kinds of embeddings that `how` needs."""
+    trained, training = fit.trained, fit.split.training
+    expression = fit.spots.expression[training.to(fit.ranks.device)]
+    section = fit.spots.section[training.numpy()]
+    sizes = {name: int((section == name).sum()) for name in trained.reference}
+    sizes = {name: size for name, size in sizes.items() if size}
+    embeddings = {"gene": trained.network.encode_expression(expression)}
+    if how.retrieval != "gene" and not trained.is_regression:
+        embeddings["image"] = embed(fit, training, how.views)
+    return Reference(list(sizes), list(sizes.values()), expression.cpu().numpy(), embeddings)
 
 
 def mean_over_sections(scores):
