@@ -3,11 +3,11 @@
     python GSE/download.py MOB
     python GSE/download.py GSE240429 --section C73_A1 C73_C1
 
-A file is received as `.<name>.part`. It gets its name when it is whole: it has the size that the
-server states, a gzip was read to its end, and the SHA-256 is that of `SHA256SUMS` next to this
-script, if it is listed there. The next run continues a part (HTTP ranges, RFC 9110 section 14),
-unless the server's file is no longer the one that the part began with. Of several processes that
-want the same file, one downloads it and the others wait.
+A file is received as `.<name>.part`. It gets its name when it is complete: it has the size that the
+server states, a gzip can be read to its end, and the SHA-256 is that of `SHA256SUMS` next to this
+script, if the file is listed there. The next run continues a part (HTTP ranges, RFC 9110 section
+14), unless the file on the server has changed since. If several processes want the same file, one
+downloads it and the others wait.
 """
 
 import argparse
@@ -39,11 +39,12 @@ from heclip.files import InputError, flush, flush_names, locked, sha256
 
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before each further attempt
 TIMEOUT = 60  # seconds without a byte
-BLOCK = 1 << 20
-SUMS = dict(line.split()[::-1] for line in Path(__file__).with_name("SHA256SUMS").read_text().splitlines())
+BLOCK = 1 << 20  # bytes read at a time
+SUMS_PATH = Path(__file__).with_name("SHA256SUMS")
+SUMS = dict(line.split()[::-1] for line in SUMS_PATH.read_text().splitlines())  # digest by path
 
 
-# ---------------------------------------------------------------------------------------------- what is where
+# ------------------------------------------------------------------------------------ what is where
 
 
 class Source(NamedTuple):
@@ -57,10 +58,11 @@ class Source(NamedTuple):
 
 
 def geo(sample, image):
-    """One section's files on GEO, where not all exact names are certain."""
-    return [Source(f"https://ftp.ncbi.nlm.nih.gov/geo/samples/{sample[:-3]}nnn/{sample}/suppl/", f"{sample}_{pattern}")
-            for pattern in ("*matrix.mtx.gz", "*barcodes.tsv.gz", "*features.tsv.gz", "*tissue_positions_list.csv.gz",
-                            image)]
+    """One section's files on GEO. They are patterns, because not all exact names are certain."""
+    folder = f"https://ftp.ncbi.nlm.nih.gov/geo/samples/{sample[:-3]}nnn/{sample}/suppl/"
+    patterns = ["*matrix.mtx.gz", "*barcodes.tsv.gz", "*features.tsv.gz",
+                "*tissue_positions_list.csv.gz", image]
+    return [Source(folder, f"{sample}_{pattern}") for pattern in patterns]
 
 
 def cortex(section):
@@ -76,9 +78,9 @@ def bulb(section):
     """One section's files of STUtility, and the gene symbols that all sections share."""
     extdata = ("https://raw.githubusercontent.com/jbergenstrahle/STUtility/"
                "9a8f421499e58b13340ee386db07b0eba923c88c/inst/extdata/")
-    return [*(Source(f"{extdata}counts/", name)
-              for name in (f"{section}.tsv", f"alignment_table_{section}.tsv", f"{section}.jpg")),
-            Source(extdata, "mouse_genes.tsv.gz")]
+    names = [f"{section}.tsv", f"alignment_table_{section}.tsv", f"{section}.jpg"]
+    own = [Source(f"{extdata}counts/", name) for name in names]
+    return [*own, Source(extdata, "mouse_genes.tsv.gz")]
 
 
 DATASETS = {
@@ -92,34 +94,35 @@ DATASETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- asking servers
+# ----------------------------------------------------------------------------------- asking servers
 
 
-class NotFetched(Exception):
-    """One file cannot be downloaded, and why. The others still can."""
+class NotDownloaded(Exception):
+    """One file cannot be downloaded; the text says why. The others still can."""
 
 
-class Passing(NotFetched):
+class Temporary(NotDownloaded):
     """A fault that may be gone at the next attempt."""
 
 
 class Unreachable(InputError):
-    """No server answers: not for this file, nor for the others."""
+    """The server does not answer, so the other files cannot be downloaded either."""
 
 
-def patiently(attempt, *args, received=lambda: 0):
-    """What `attempt(*args)` returns. While its fault may pass, it is repeated after longer waits.
+def with_retries(attempt, *args, received=lambda: 0):
+    """Return what `attempt(*args)` returns; repeat it after longer and longer waits if it fails.
 
-    received: the bytes received so far. Only attempts that add none to those of earlier ones are
-    counted. Raises the error of the last attempt.
+    Only faults that may be temporary are retried. received: a function that returns the bytes
+    received so far; an attempt that adds to them starts the waits again from the first.
+    Raises the error of the last attempt.
     """
-    furthest, waits = received(), iter(WAITS)
+    most, waits = received(), iter(WAITS)
     while True:
         try:
             return attempt(*args)
-        except (Passing, Unreachable) as error:
-            if received() > furthest:
-                furthest, waits = received(), iter(WAITS)
+        except (Temporary, Unreachable) as error:
+            if received() > most:
+                most, waits = received(), iter(WAITS)
             if (wait := next(waits, None)) is None:
                 raise
             tqdm.write(f"{error}; again in {wait} s", file=sys.stderr)
@@ -127,47 +130,56 @@ def patiently(attempt, *args, received=lambda: 0):
 
 
 def ask(url, method="GET", headers=None):
-    """A server's answer (http.client.HTTPResponse), once it has begun; redirections are followed."""
+    """Open a URL: http.client.HTTPResponse, of which no body is read. Redirections are followed.
+
+    Raises Unreachable, Temporary or NotDownloaded; the last also for a web page in place of a file.
+    """
+    headers = {"User-Agent": "HECLIP", **(headers or {})}
     try:
-        answer = urlopen(Request(url, None, {"User-Agent": "HECLIP", **(headers or {})}, method=method),
-                         timeout=TIMEOUT)
+        answer = urlopen(Request(url, None, headers, method=method), timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
-        kind = Passing if error.code in (408, 429) or error.code >= 500 else NotFetched
+        kind = Temporary if error.code in (408, 429) or error.code >= 500 else NotDownloaded
         raise kind(f"{url}: {error.code} {error.reason}") from None
     except URLError as error:
-        raise Unreachable(f"{url}: the server cannot be reached ({error.reason}): check the network") from None
+        raise Unreachable(f"{url}: the server cannot be reached ({error.reason}). Check the "
+                          "network") from None
     except (OSError, HTTPException) as error:
-        raise Passing(f"{url}: the server broke off ({error})") from None
+        raise Temporary(f"{url}: the server broke off ({error})") from None
     if answer.headers.get_content_type() == "text/html" and not url.endswith("/"):
         answer.close()
-        raise NotFetched(f"{url}: the server sent a web page in the place of the file")
+        raise NotDownloaded(f"{url}: the server sent a web page instead of the file")
     return answer
 
 
 def blocks(answer, url):
-    """The bytes of an answer, as they arrive. Raises Passing if they are fewer than announced."""
+    """Yield the bytes of an answer as they arrive.
+
+    Raises Temporary if the connection is lost, or if they are fewer than announced.
+    """
     received, length = 0, length_of(answer)
     try:
         while block := answer.read1(BLOCK):
             received += len(block)
             yield block
     except (OSError, HTTPException) as error:
-        raise Passing(f"{url}: the connection was lost ({error})") from None
+        raise Temporary(f"{url}: the connection was lost ({error})") from None
     if length is not None and received != length:
-        raise Passing(f"{url}: the connection was lost after {received:,} of {length:,} bytes")
+        raise Temporary(f"{url}: the connection was lost after {received:,} of {length:,} bytes")
 
 
 def length_of(answer):
-    """The announced number of bytes, None where none is."""
+    """The announced number of bytes, or None."""
     length = answer.headers["Content-Length"] or ""
     return int(length) if length.isdigit() else None
 
 
 def version_of(answer):
-    """What differs between versions of a file and may be sent as If-Range; empty if nothing."""
+    """The text that identifies a file's version and may be sent as If-Range; empty if none may."""
     tag = answer.headers["ETag"] or "W/"
-    return answer.headers["Last-Modified"] or "" if tag.startswith("W/") else tag  # W/: weak, not for ranges
+    if tag.startswith("W/"):  # a weak tag, which is not valid for ranges
+        return answer.headers["Last-Modified"] or ""
+    return tag
 
 
 @functools.cache
@@ -177,26 +189,25 @@ def listing(server):
         page = b"".join(blocks(answer, server)).decode(errors="replace")
     links = {urljoin(server, html.unescape(link)) for link in re.findall(r'href="([^"]+)"', page)}
     names = {unquote(link.removeprefix(server)) for link in links}
-    return sorted(name for name in names if re.fullmatch(r"[^/\\?#\0]+", name))  # no other page, no way out of a folder
+    # Neither other pages nor paths that lead out of the folder.
+    return sorted(name for name in names if re.fullmatch(r"[^/\\?#\0]+", name))
 
 
-# ---------------------------------------------------------------------------------------------- one file
+# ----------------------------------------------------------------------------------------- one file
 
 
 class File(NamedTuple):
-    """A file whose name is known.
+    """A file whose name is known."""
 
-    size: bytes, None if the server does not state it. here: nothing is left to download.
-    """
-
-    path: Path
+    path: Path  # where it is stored
     url: str
-    size: int | None
-    digest: str | None
-    here: bool
+    size: int | None  # bytes; None if the server does not state it
+    digest: str | None  # SHA-256, if it is known
+    present: bool  # nothing is left to download
 
     @property
     def part(self):
+        """The file that holds the bytes received so far."""
         return self.path.with_name(f".{self.path.name}.part")
 
     @property
@@ -213,46 +224,62 @@ class File(NamedTuple):
 
 
 def look_up(source, dataset, folder):
-    """Find out a file's name and size, and whether it is here."""
-    name = source.path
-    if "*" in name:
-        names = [name for name in listing(source.server) if fnmatchcase(name, source.path)]
-        if len(names) != 1:
-            there = ", ".join(listing(source.server)) or "none at all"
-            raise NotFetched(f"{len(names) or 'none'} of the files at {source.server} match. There are {there}. "
-                             f"Put the right one into {folder} by hand")
-        name = names[0]
+    """The File of a Source: its name and size, and whether it is in the dataset's folder already.
+
+    Raises NotDownloaded if the name is ambiguous, the server lacks the file, or another file is in
+    its place.
+    """
+    name = one_name(source, folder)
     url, digest = source.server + quote(name), SUMS.get(f"{dataset}/{name}")
 
     # The preprocess scripts find a file anywhere below the folder, and unpacked too.
-    found = {path: [folder / match for match in glob(f"**/{escape(path)}", root_dir=folder, recursive=True)]
-             for path in (name, name.removesuffix(".gz"))}
-    path = next(iter(found[name]), folder / name)
+    as_named = find_below(folder, name)
+    unpacked = find_below(folder, name.removesuffix(".gz"))
+    path = next(iter(as_named), folder / name)
     if path.exists() and digest:
         if sha256(path) != digest:
-            raise NotFetched(f"{path} is there, but its SHA-256 is not that of {url}. Move it away and run again")
-        return File(path, url, path.stat().st_size, digest, here=True)
+            raise NotDownloaded(f"{path} is there, but its SHA-256 is not that of {url}. Move it "
+                                "away and run again")
+        return File(path, url, path.stat().st_size, digest, present=True)
     with ask(url, "HEAD") as answer:
         size = length_of(answer)
     if path.exists():
         check_size(path, url, size)
-    return File(path, url, size, digest, here=any(found.values()))
+    return File(path, url, size, digest, present=bool(as_named or unpacked))
+
+
+def one_name(source, folder):
+    """The name of a source's file; a pattern is looked up on the server."""
+    if "*" not in source.path:
+        return source.path
+    listed = listing(source.server)
+    names = [name for name in listed if fnmatchcase(name, source.path)]
+    if len(names) != 1:
+        raise NotDownloaded(f"{len(names) or 'none'} of the files at {source.server} match. There "
+                            f"are {', '.join(listed) or 'none at all'}. Put the right one into "
+                            f"{folder} by hand")
+    return names[0]
+
+
+def find_below(folder, name):
+    """The paths of the files of this name, anywhere below the folder."""
+    return [folder / match for match in glob(f"**/{escape(name)}", root_dir=folder, recursive=True)]
 
 
 def check_size(path, url, size):
-    """Raise NotFetched if a file that is here has not the size that the server states."""
-    there = path.stat().st_size
-    if size not in (None, there):
-        raise NotFetched(f"{path} is there with {there:,} bytes, but {url} has {size:,}. "
-                         "Move it away and run again")
+    """Raise NotDownloaded if an existing file does not have the size that the server states."""
+    actual = path.stat().st_size
+    if size not in (None, actual):
+        raise NotDownloaded(f"{path} is there with {actual:,} bytes, but {url} has {size:,}. Move "
+                            "it away and run again")
 
 
-def fetch(file):
+def download(file):
     """Download one file, check it and give it its name, unless another process has done so.
 
     The part has the same name in every process, so that any of them can continue it. The lock lets
-    one at a time do so. Raises NotFetched if the server does not give the file, InputError if the
-    disk does not take it.
+    only one at a time do so. Raises NotDownloaded if the server does not deliver the file, and
+    InputError if it cannot be written.
     """
     with locked(file.path):
         if file.path.exists():  # another process finished it since we looked
@@ -260,7 +287,7 @@ def fetch(file):
         with tqdm(desc=file.path.name, total=file.size, unit="B", unit_scale=True, leave=False,
                   disable=None) as bar:
             try:
-                patiently(receive, file, bar, received=file.received)
+                with_retries(receive, file, bar, received=file.received)
                 flush(file.part)
             except OSError as error:
                 raise InputError(f"{file.part}: {error.strerror}. What was received is kept. Fix "
@@ -269,31 +296,34 @@ def fetch(file):
             if fault := fault_of(file):
                 file.part.unlink()
                 file.tag.unlink()
-                raise NotFetched(f"{file.url}: {fault}. What was received is deleted. Run again to "
-                                 "download it from the start")
+                raise NotDownloaded(f"{file.url}: {fault}. What was received is deleted. Run again "
+                                    "to download it from the start")
         os.replace(file.part, file.path)
         file.tag.unlink()
         flush_names(file.path.parent)
 
 
 def receive(file, bar):
-    """Add what is missing to the part, from one answer of the server."""
-    # The last byte is asked for again, so that there is one to send even if the part is whole.
+    """Add the missing bytes to the part, from one answer of the server."""
+    # The last byte is requested again, so that there is one to send even if the part is complete.
     start = max(file.received() - 1, 0)
-    version = file.tag.read_text() if start else ""
-    with ask(file.url, headers={"Range": f"bytes={start}-", "If-Range": version} if start else None) as answer:
+    version, headers = "", None
+    if start:
+        version = file.tag.read_text()
+        headers = {"Range": f"bytes={start}-", "If-Range": version}
+    with ask(file.url, headers=headers) as answer:
         if answer.status == 206:
             content = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
             if not content or int(content[1]) != start or version_of(answer) != version:
                 file.part.unlink(missing_ok=True)
-                raise Passing(f"{file.url}: it has changed since {start:,} bytes of it were "
-                              "received. Starting over")
+                raise Temporary(f"{file.url}: it has changed since {start:,} bytes of it were "
+                                "received. Starting over")
             size = int(content[2])
         else:
             start, size = 0, length_of(answer)
         if file.size is not None and size not in (None, file.size):
-            raise NotFetched(f"{file.url}: the server stated {file.size:,} bytes at first and "
-                             f"{size:,} now. Run again, in case it is being changed")
+            raise NotDownloaded(f"{file.url}: the server stated {file.size:,} bytes at first and "
+                                f"{size:,} now. Run again, in case it is being changed")
         if not start:
             file.part.write_bytes(b"")  # first, so that no part ever has the tag of another version
             file.tag.write_text(version_of(answer))
@@ -302,15 +332,15 @@ def receive(file, bar):
             part.seek(start)
             for block in blocks(answer, file.url):
                 part.write(block)
-                part.flush()  # so that a killed run keeps it
+                part.flush()  # so that the block is there if the run is killed
                 bar.update(len(block))
     received = file.part.stat().st_size
     if received != (size or file.size or received):
-        raise Passing(f"{file.url}: {received:,} of {size or file.size:,} bytes were received")
+        raise Temporary(f"{file.url}: {received:,} of {size or file.size:,} bytes were received")
 
 
 def fault_of(file):
-    """What is wrong with a part of which all bytes were received; None if nothing is."""
+    """The fault of a part that was received completely, as text; None if there is none."""
     if not file.part.stat().st_size:
         return "is empty"
     if file.digest and sha256(file.part) != file.digest:
@@ -325,62 +355,98 @@ def fault_of(file):
     return None
 
 
-# ---------------------------------------------------------------------------------------------- all files
+# ---------------------------------------------------------------------------------------- all files
 
 
 def main(argv=None):
     flags = argparse.ArgumentParser(description="Download the public files of a dataset.")
     flags.add_argument("dataset", choices=DATASETS)
-    flags.add_argument("--section", nargs="+", metavar="NAME", help="these sections only")
-    flags.add_argument("--to", type=Path, metavar="DIR", help="default: GSE/<dataset>; give the preprocess script "
-                       "another one as --raw")
-    flags.add_argument("--list", action="store_true", help="print URLs and sizes in bytes, and fetch nothing")
+    flags.add_argument("--section", nargs="+", metavar="NAME", help="only these sections")
+    flags.add_argument("--to", type=Path, metavar="DIR",
+                       help="folder for the files; default: GSE/<dataset>. Give another one to the "
+                            "preprocess script as --raw")
+    flags.add_argument("--list", action="store_true",
+                       help="print URLs and sizes in bytes, and download nothing")
     args = flags.parse_args(argv)
     sections = DATASETS[args.dataset]
     if unknown := set(args.section or ()) - set(sections):
-        raise InputError(f"--section {' '.join(sorted(unknown))}: {args.dataset} has {', '.join(sections)}")
+        raise InputError(f"--section {' '.join(sorted(unknown))}: {args.dataset} has "
+                         f"{', '.join(sections)}")
     folder = args.to or ROOT / "GSE" / args.dataset
 
-    sources = list(dict.fromkeys(source for name in args.section or sections for source in sections[name]))
-    files, failed = [], 0
+    chosen = args.section or sections
+    sources = list(dict.fromkeys(source for name in chosen for source in sections[name]))
+    files, n_failed = look_up_all(sources, args.dataset, folder)
+    if args.list:
+        print_list(files)
+    else:
+        absent = [file for file in files if not file.present]
+        print(f"{args.dataset}: {len(files) - len(absent)} of {len(sources)} files are here. "
+              f"To download: {len(absent)} ({size_of(absent)}), to {folder}", flush=True)
+        check_room(absent, folder)
+        n_failed += download_all(absent, folder)
+    if n_failed:
+        raise InputError(f"{n_failed} of {len(sources)} files of {args.dataset} are missing; see "
+                         "above for each. The next run downloads only those")
+    if not args.list:
+        section = f" --section {' '.join(args.section)}" if args.section else ""
+        raw = f" --raw {args.to}" if args.to else ""
+        print(f"All files are here. Next: python code/preprocess_{args.dataset}.py{raw}{section}")
+
+
+def look_up_all(sources, dataset, folder):
+    """Returns (list of File, number of sources that failed). Failures are printed."""
+    files, n_failed = [], 0
     for source in tqdm(sources, "asking the servers", leave=False, disable=None):
         try:
-            files.append(patiently(look_up, source, args.dataset, folder))
-        except NotFetched as error:
-            failed += 1
+            files.append(with_retries(look_up, source, dataset, folder))
+        except NotDownloaded as error:
+            n_failed += 1
             tqdm.write(f"missing: {source.path}: {error}", file=sys.stderr)
+    return files, n_failed
 
-    if args.list:
-        for file in files:
-            size = "unknown" if file.size is None else f"{file.size:,}"
-            print(f"{size:>15}  {file.url}{'  (is here)' if file.here else ''}")
-        absent = []
-    else:
-        absent = [file for file in files if not file.here]
-        n_bytes = sum(max(file.size - file.received(), 0)
-                      for file in absent if file.size is not None)
-        unknown = sum(file.size is None for file in absent)
-        print(f"{args.dataset}: {len(files) - len(absent)} of {len(sources)} files are here. To fetch: {len(absent)} "
-              f"({n_bytes:,} bytes{f' and {unknown} of unknown size' if unknown else ''}), to {folder}", flush=True)
-        disk = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        if (free := shutil.disk_usage(disk).free) < n_bytes:
-            raise InputError(f"{folder}: {n_bytes:,} bytes are needed, but {free:,} are free "
-                             "there. Make room, choose sections with --section, or another disk "
-                             "with --to")
-    for file in absent:
+
+def print_list(files):
+    """Print the size in bytes and the URL of each file."""
+    for file in files:
+        size = "unknown" if file.size is None else f"{file.size:,}"
+        mark = "  (is here)" if file.present else ""
+        print(f"{size:>15}  {file.url}{mark}")
+
+
+def bytes_left(files):
+    """The number of bytes to download, as far as sizes are known."""
+    return sum(max(file.size - file.received(), 0) for file in files if file.size is not None)
+
+
+def size_of(files):
+    """The size of a download, in words."""
+    n_unknown = sum(file.size is None for file in files)
+    unknown = f" and {n_unknown} of unknown size" if n_unknown else ""
+    return f"{bytes_left(files):,} bytes{unknown}"
+
+
+def check_room(files, folder):
+    """Raise InputError if the disk of the folder has no room for the download."""
+    parents = (folder.absolute(), *folder.absolute().parents)
+    disk = next(parent for parent in parents if parent.exists())
+    if (free := shutil.disk_usage(disk).free) < (n_bytes := bytes_left(files)):
+        raise InputError(f"{folder}: {n_bytes:,} bytes are needed, but {free:,} are free there. "
+                         "Make room, choose sections with --section, or another disk with --to")
+
+
+def download_all(files, folder):
+    """Download the files, and print the name of each. Returns the number that failed."""
+    n_failed = 0
+    for file in files:
+        name = file.path.relative_to(folder)
         try:
-            fetch(file)
-            print(f"  {file.path.relative_to(folder)}", flush=True)
-        except NotFetched as error:
-            failed += 1
-            print(f"missing: {file.path.relative_to(folder)}: {error}", file=sys.stderr)
-    if failed:
-        raise InputError(f"{failed} of {len(sources)} files of {args.dataset} are missing; see above for each. "
-                         "The next run fetches only those")
-    if not args.list:
-        chosen = f" --section {' '.join(args.section)}" if args.section else ""
-        raw = f" --raw {args.to}" if args.to else ""
-        print(f"All there. Next: python code/preprocess_{args.dataset}.py{raw}{chosen}")
+            download(file)
+            print(f"  {name}", flush=True)
+        except NotDownloaded as error:
+            n_failed += 1
+            print(f"missing: {name}: {error}", file=sys.stderr)
+    return n_failed
 
 
 if __name__ == "__main__":

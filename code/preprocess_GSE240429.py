@@ -1,7 +1,7 @@
 """GSE240429: human liver (healthy donor C73), Visium, 4 sections of 36,601 genes.
 
-Source: GEO GSE240429; Andrews et al., J Hepatol 80 (2024). See the README, 'The datasets'. The matrices on GEO may hold
-all 4,992 spots of the array: those under tissue are kept.
+Source: GEO GSE240429; Andrews et al., J Hepatol 80 (2024). See the README, 'The datasets'. The
+matrices on GEO may hold all 4,992 spots of the array; only those under tissue are used.
 """
 
 from heclip.command import run
@@ -16,7 +16,8 @@ DATASET = Dataset(
             donor="C73",
             role="query" if area == "C1" else "reference",
             n_spots=n_spots,
-            counts=[f"data/filtered_expression_matrices/{slot}/*matrix.mtx", f"**/{sample}_*matrix.mtx"],
+            counts=[f"data/filtered_expression_matrices/{slot}/*matrix.mtx",
+                    f"**/{sample}_*matrix.mtx"],
             positions=[f"data/tissue_pos_matrices/tissue_positions_list_{slot}.csv",
                        f"**/{sample}_*tissue_positions_list.csv"],
             image=[f"**/*GEX_C73_{area}_Merged.tiff", f"**/*GEX_C73_{area}_Merged.tif"],
@@ -41,5 +42,6 @@ def main(argv=None):
 if __name__ == "__main__":
     run(main)
 
-# Expected: 0.3036 µm a pixel; 2378, 2349, 2277 and 2265 spots. With --protocol paper the published panels have
-# 3467 (hvg) and 3511 (heg) genes; the heg one was chosen on twice-logged values, so ours may differ.
+# Expected: 0.3036 µm per pixel; 2378, 2349, 2277 and 2265 spots. The published panels have
+# 3467 (hvg) and 3511 (heg) genes. With --protocol paper our heg panel may differ, because theirs
+# was chosen on twice-logged values.

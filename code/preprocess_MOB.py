@@ -1,6 +1,7 @@
-"""MOB: mouse olfactory bulb, legacy Spatial Transcriptomics arrays, 4 sections of 2 animals. Small and real.
+"""MOB: mouse olfactory bulb, legacy Spatial Transcriptomics arrays, 4 sections of 2 animals.
 
-Source: github.com/jbergenstrahle/STUtility, commit 9a8f421, inst/extdata (MIT). See the README, 'The datasets'.
+A small dataset of real sections. Source: github.com/jbergenstrahle/STUtility, commit 9a8f421,
+inst/extdata (MIT). See the README, 'The datasets'.
 """
 
 from heclip.command import run
@@ -32,7 +33,7 @@ DATASET = Dataset(
     symbols=("**/mouse_genes.tsv",),
     pitch_um=200,
     spot_um=100,
-    patch_px=56,  # 350 µm: the slide has 6.3 µm a pixel
+    patch_px=56,  # 350 µm, because a pixel of the slide is 6.3 µm wide
     min_counts=100,
 )
 

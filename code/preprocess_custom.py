@@ -1,7 +1,9 @@
 """Your own sections, listed in a sample sheet: see the README, 'Your own data'.
 
-    python code/preprocess_custom.py mydata.csv --check     look at everything, write nothing
-    python code/preprocess_custom.py mydata.csv             prepare the dataset mydata for main.py --dataset mydata
+    python code/preprocess_custom.py mydata.csv --check     # read everything, write nothing
+    python code/preprocess_custom.py mydata.csv             # prepare the dataset mydata
+
+The second command prepares the sections for `main.py --dataset mydata`.
 """
 
 import argparse
@@ -17,23 +19,25 @@ def parse(argv=None):
     flags = argparse.ArgumentParser(
         description="Prepare the sections of a sample sheet for training.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("sheet", help="CSV with the columns section, counts, donor, role, and image, "
-                                     "positions, mpp, pitch, scale, bin where they apply; paths are "
-                                     "relative to it")
-    flags.add_argument("--name", help="of the dataset; default: the sheet's")
+    flags.add_argument("sheet",
+                       help="CSV with the columns section, counts, donor, role, and image, "
+                            "positions, mpp, pitch, scale, bin where they apply; paths are "
+                            "relative to it")
+    flags.add_argument("--name", help="name of the dataset; default: that of the sheet")
     flags.add_argument("--check", action="store_true",
-                       help="read everything, show what was found and all that is wrong, and write "
+                       help="read everything, show what was found and every problem, and write "
                             "nothing")
     flags.add_argument("--n_hvg", type=command.positive, default=1000,
-                       help="variable genes that each section adds")
+                       help="number of variable genes that each section adds")
     flags.add_argument("--n_heg", type=command.positive, default=3200,
-                       help="expressed genes that each section adds")
+                       help="number of expressed genes that each section adds")
     flags.add_argument("--markers", nargs="+", default=(), metavar="SYMBOL",
                        help="genes to score and map by name")
     flags.add_argument("--symbols", type=Path, default=(), metavar="FILE",
-                       help="table with the columns gene_id and gene_name, for counts without symbols")
+                       help="table with the columns gene_id and gene_name, for counts without "
+                            "symbols")
     flags.add_argument("--min_counts", type=int, default=0,
-                       help="drop spots with fewer counts in all")
+                       help="drop spots with fewer counts in total")
     add_flags(flags, Dataset.patch_px)
     return flags.parse_args(argv)
 
@@ -53,14 +57,14 @@ def main(argv=None):
     path = Path(args.sheet)
     name = args.name or path.stem
     if has_script(name) or not name or name[0] == "." or set(name) & set("/\\"):
-        raise InputError(f"a dataset cannot be called {name!r}: it is another dataset's name, or no "
-                         "folder's. Choose one with --name")
+        raise InputError(f"a dataset cannot be called {name!r}, because another dataset has this "
+                         "name or no folder can have it. Choose one with --name")
 
     sections, problems, ignored = sheet.read_sheet(path)
-    unshared = [] if args.check else problems  # --check reads the genes again, and reports then
-    sections, renamed = sheet.share_genes(sections, unshared)
+    gene_problems = [] if args.check else problems  # --check reads the genes again and reports then
+    sections, changes = sheet.share_genes(sections, gene_problems)
     if args.check:
-        notes = [f"genes: {line}" for line in renamed]
+        notes = [f"genes: {line}" for line in changes]
         if ignored:
             notes.append(f"columns not used: {', '.join(ignored)}")
         cut = sheet.Cut(args.patch_px, args.patch_um, args.min_counts)
@@ -71,7 +75,7 @@ def main(argv=None):
             more = f". And {len(problems) - 1} more: --check lists them all"
         raise InputError(f"{path}, {problems[0]}{more}")
     else:
-        for line in renamed:
+        for line in changes:
             print(f"genes: {line}")
         words = [args.sheet, *(word for word in argv if word != args.sheet)]  # the sheet first
         paths = (args.sheet, str(args.symbols))
@@ -84,9 +88,10 @@ def main(argv=None):
 
 
 def check(path, sections, cut, problems, notes):
-    """Print what was found in a sheet's sections, and all that is wrong; an error if anything is.
+    """Print what was found in a sheet's sections, and every problem.
 
-    cut: a sheet.Cut. problems, notes: lines to print, of which more are found.
+    path: the sheet. cut: a sheet.Cut. problems, notes: lines to print; more are found here.
+    Raises InputError if there is any problem.
     """
     table, found = sheet.check(sections, cut, problems)
 

@@ -1,6 +1,7 @@
-"""spatialLIBD_1: human dorsolateral prefrontal cortex, Visium, one donor, 4 sections of 33,538 genes.
+"""spatialLIBD_1: human dorsolateral prefrontal cortex, Visium, 4 sections of 33,538 genes.
 
-Source: LieberInstitute/HumanPilot; Maynard et al., Nat Neurosci 24 (2021). See the README, 'The datasets'.
+All sections are of one donor. Source: LieberInstitute/HumanPilot; Maynard et al., Nat Neurosci 24
+(2021). See the README, 'The datasets'.
 """
 
 from heclip.command import run
@@ -18,7 +19,8 @@ DATASET = Dataset(
             counts=[f"data/filtered_expression_matrices/{slot}/*matrix.mtx",
                     f"**/{name}_filtered_feature_bc_matrix.h5"],
             positions=[f"data/tissue_pos_matrices/tissue_positions_list_{slot}.txt",
-                       f"**/{name}/tissue_positions_list.txt", f"**/{name}_tissue_positions_list.txt"],
+                       f"**/{name}/tissue_positions_list.txt",
+                       f"**/{name}_tissue_positions_list.txt"],
             image=[f"**/{name}_full_image.tif"],
         )
         for slot, name, donor, n_spots in [
@@ -40,5 +42,6 @@ def main(argv=None):
 if __name__ == "__main__":
     run(main)
 
-# Expected: 0.7251, 0.7251, 0.7186 and 0.7212 µm a pixel; 4226, 4384, 4789 and 4634 spots. The published panels
-# have 3376 (hvg) and 3468 (heg) genes, but were chosen with another section's matrix in the place of 151507's.
+# Expected: 0.7251, 0.7251, 0.7186 and 0.7212 µm per pixel; 4226, 4384, 4789 and 4634 spots. The
+# published panels have 3376 (hvg) and 3468 (heg) genes. They were chosen with the matrix of another
+# section in place of that of 151507, so ours may differ.

@@ -1,6 +1,7 @@
-"""spatialLIBD_2: human dorsolateral prefrontal cortex, Visium, two donors, 8 sections of 33,538 genes.
+"""spatialLIBD_2: human dorsolateral prefrontal cortex, Visium, 8 sections of 33,538 genes.
 
-Source: LieberInstitute/HumanPilot; Maynard et al., Nat Neurosci 24 (2021). See the README, 'The datasets'.
+The sections are of two donors. Source: LieberInstitute/HumanPilot; Maynard et al., Nat Neurosci 24
+(2021). See the README, 'The datasets'.
 """
 
 from heclip.command import run
@@ -18,7 +19,8 @@ DATASET = Dataset(
             counts=[f"data/filtered_expression_matrices/{slot}/*matrix.mtx",
                     f"**/{name}_filtered_feature_bc_matrix.h5"],
             positions=[f"data/tissue_pos_matrices/tissue_positions_list_{slot}.txt",
-                       f"**/{name}/tissue_positions_list.txt", f"**/{name}_tissue_positions_list.txt"],
+                       f"**/{name}/tissue_positions_list.txt",
+                       f"**/{name}_tissue_positions_list.txt"],
             image=[f"**/{name}_full_image.tif"],
         )
         for slot, name, donor, n_spots in [
@@ -44,6 +46,6 @@ def main(argv=None):
 if __name__ == "__main__":
     run(main)
 
-# Expected: 0.725 µm a pixel; 3661, 3498, 4110, 4015, 3639, 3673, 3592 and 3460 spots. With --protocol paper the
-# published panels have 3405 (hvg) and 3615 (heg) genes; the heg one was chosen on twice-logged values, so ours
-# may differ.
+# Expected: 0.725 µm per pixel; 3661, 3498, 4110, 4015, 3639, 3673, 3592 and 3460 spots. The
+# published panels have 3405 (hvg) and 3615 (heg) genes. With --protocol paper our heg panel may
+# differ, because theirs was chosen on twice-logged values.

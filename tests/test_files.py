@@ -41,7 +41,7 @@ def pause(text="here"):
     with subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=CODE, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
         try:
-            run.said = run.stdout.readline().strip()
+            run.first_line = run.stdout.readline().strip()
             yield run
         finally:
             run.kill()
@@ -72,7 +72,8 @@ def test_the_path_may_be_given_as_text(tmp_path):
     assert names(tmp_path) == ["table.csv"]
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("error",
+                         [ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("before", [None, "the old one"])
 def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, error, before):
     target = tmp_path / "table.csv"
@@ -146,13 +147,13 @@ def test_of_two_processes_each_writes_a_whole_file(tmp_path):
 def test_what_a_killed_process_left_goes_with_the_next_write_but_a_living_ones_stays(tmp_path):
     target = tmp_path / "table.csv"
     with process(HALF_WRITTEN, target) as living, process(HALF_WRITTEN, target) as killed:
-        assert len({living.said, killed.said}) == 2
+        assert len({living.first_line, killed.first_line}) == 2
         killed.kill()
         killed.wait()
-        assert names(tmp_path) == sorted(Path(run.said).name for run in (living, killed))
+        assert names(tmp_path) == sorted(Path(run.first_line).name for run in (living, killed))
         with atomic_path(target) as path:
             path.write_text("new")
-        assert names(tmp_path) == [Path(living.said).name, "table.csv"]
+        assert names(tmp_path) == [Path(living.first_line).name, "table.csv"]
 
 
 def test_what_another_machine_left_goes_after_some_days(tmp_path):
@@ -194,7 +195,8 @@ def test_a_temporary_path_is_hidden_ignored_by_git_and_of_one_call_only(tmp_path
 # ------------------------------------------------------------------------- onto the disk
 
 
-def test_contents_are_on_the_disk_before_the_name_is_given_and_the_name_after(tmp_path, monkeypatch):
+def test_contents_are_on_the_disk_before_the_name_is_given_and_the_name_after(
+        tmp_path, monkeypatch):
     order, sync, replace = [], os.fsync, os.replace
 
     def recorded_sync(descriptor):
@@ -397,10 +399,13 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
 def test_a_written_h5ad_reads_back_as_it_was(tmp_path):
     one = anndata.AnnData(
         scipy.sparse.csr_matrix(np.array([[0, 1.5, 0], [2, 0, 0]], np.float32)),
-        obs=pd.DataFrame({"in_tissue": [True, False]}, index=pd.Index(["AAC-1", "GGT-1"], name="barcode")),
-        var=pd.DataFrame({"symbol": ["A", "B", "A"]}, index=pd.Index(["E1", "E2", "E3"], name="gene_id")),
+        obs=pd.DataFrame({"in_tissue": [True, False]},
+                         index=pd.Index(["AAC-1", "GGT-1"], name="barcode")),
+        var=pd.DataFrame({"symbol": ["A", "B", "A"]},
+                         index=pd.Index(["E1", "E2", "E3"], name="gene_id")),
         obsm={"spatial": np.array([[1.0, 2.0], [3.0, 4.0]])},
-        uns={"spatial": {"C73_A1": {"images": {"hires": np.zeros((2, 3, 3), np.uint8)}, "metadata": {"mpp": 0.3}}}})
+        uns={"spatial": {"C73_A1": {"images": {"hires": np.zeros((2, 3, 3), np.uint8)},
+                                    "metadata": {"mpp": 0.3}}}})
     one.layers["counts"] = scipy.sparse.csr_matrix(np.array([[0, 3, 0], [4, 0, 0]], np.int32))
     write_h5ad(one, tmp_path / "a.h5ad")
     two = anndata.read_h5ad(tmp_path / "a.h5ad")
@@ -428,7 +433,8 @@ for limit in (0, 100, 5000, 200_000):
     except OSError as error:
         print(error.strerror)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.h5ad"], cwd=Path(__file__).parent.parent / "code",
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.h5ad"],
+                          cwd=Path(__file__).parent.parent / "code",
                           capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == 4 * "File too large\n"  # EFBIG, as of any file beyond its limit

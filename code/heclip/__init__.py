@@ -1,6 +1,7 @@
-"""HECLIP: spatial gene expression predicted from H&E images.
+"""HECLIP: predict spatial gene expression from H&E images.
 
-For notebooks: `predict_slide`, `predict` and `to_spatialdata` (see api.py), imported when first used.
+For notebooks: `predict_slide`, `predict` and `to_spatialdata` (see api.py). They are imported when
+they are first used.
 """
 
 
