@@ -3,7 +3,7 @@
     python code/main.py --dataset GSE240429 --type heg                           one GPU, or the CPU
     torchrun --nproc_per_node 8 code/main.py --dataset GSE240429 --type heg      several
 
-reads GSE/<dataset>/processed, and writes save/<dataset>/<type>_best.pt, the epoch with the best
+reads GSE/<dataset>/processed. It writes save/<dataset>/<type>_best.pt, the epoch with the best
 validation score, <type>_losses.csv, and <type>_last.pt, from which --resume continues. The query
 section is never opened.
 
@@ -62,11 +62,11 @@ from heclip.panel import run_name
 from heclip.prediction import Reference, predict
 from heclip.settings import PREDICTING
 
-VALIDATIONS = 5  # of a training, about
+VALIDATIONS = 5  # approximate number of validations in a training
 
 
 class History(NamedTuple):
-    """What training reports: a dict per epoch, its speed, and the number of training spots."""
+    """The results of a training: a dict per epoch, its speed, and the number of training spots."""
 
     losses: list  # dicts: epoch, train_loss; where validated, validation_loss, validation_pearson
     patches_per_second: list
@@ -76,8 +76,8 @@ class History(NamedTuple):
 def train(settings: Training, run: Run) -> History:
     """Train a model as `settings` say, and write it where `run` says.
 
-    The model appears when training has finished: whoever reads it meanwhile reads the one before.
-    Raises InputError if the data are missing or too few, or if another model lies there already.
+    The model appears when training has finished. Until then, readers get the earlier model. Raises
+    InputError if the data are missing or too few, or if another model is there already.
     """
     ranks = parallel.start(command.pick_device(settings.device))
     with locked(run.checkpoint) if ranks.rank == 0 else nullcontext():
@@ -87,15 +87,15 @@ def train(settings: Training, run: Run) -> History:
 
 
 def fit(settings, run, ranks):
-    """What `train` does, as one of the ranks, with no other training of this model at the same time."""
+    """What `train` does, as one rank. The caller prevents other trainings of this model."""
     rank, world, device = ranks
     say = print if rank == 0 else lambda *_, **__: None
     if settings.freeze and world > 1:
-        raise InputError("--freeze under torchrun: heads alone train in seconds. Run it as python "
-                         "code/main.py")
+        raise InputError("--freeze under torchrun: heads alone train in seconds. Run python "
+                         "code/main.py instead")
     torch.manual_seed(settings.seed)
 
-    # Data: the reference sections' spots. Those of one section, as a rule, are kept for validation.
+    # Data: the spots of the reference sections. Usually one section is held out for validation.
     processed = Processed(settings.dataset)
     reference, _ = processed.roles(settings.query)
     processed.check_made_from(reference)
@@ -118,7 +118,7 @@ def fit(settings, run, ranks):
     patch_px, patch_um = int(table["patch_px"].iloc[0]), float(table.eval("crop_px * mpp").mean())
     network = build(settings, panel, patch_px, spots.expression[training.to(device)])
     network.to(device, memory_format=torch.channels_last)
-    # What the model is does not depend on how and where this call was made.
+    # How and where the training runs does not change the model.
     learned = replace(settings, resume=False, overwrite=False, save_path=None)
     trained = Trained(network, learned, panel, table["digest"].to_dict(), patch_px, patch_um)
     by_itself = device.type == "cuda" and not settings.freeze
@@ -143,9 +143,9 @@ def fit(settings, run, ranks):
     best = max((row.get("validation_pearson", -math.inf) for row in losses), default=-math.inf)
     steps = len(training) // batch_size * settings.max_epochs
 
-    # Training. Each epoch sees each training spot once, in a new order and as one of its 8
-    # symmetries. All that is random comes from the seed and the epoch's number, so that a resumed
-    # run repeats what it would have been.
+    # Training. Each epoch sees each training spot once, in a new order and in one of its 8
+    # symmetries. Everything random is drawn from the seed and the epoch's number, so that a resumed
+    # run gives the same model as an uninterrupted one.
     for epoch in range(len(losses) + 1, settings.max_epochs + 1):
         start = time.perf_counter()
         model.train()
@@ -173,7 +173,7 @@ def fit(settings, run, ranks):
 
         train_loss = total.item() / len(batches)
         if not math.isfinite(train_loss):
-            raise InputError(f"the training loss of epoch {epoch} is {train_loss}: training has "
+            raise InputError(f"the training loss of epoch {epoch} is {train_loss}. Training has "
                              f"diverged. Lower --lr (now {settings.lr}) or raise --temperature "
                              f"(now {settings.temperature})")
         speeds.append(len(batches) * batch_size / (time.perf_counter() - start))
@@ -186,7 +186,7 @@ def fit(settings, run, ranks):
             score = mean_defined(per_gene)
             if math.isnan(score):
                 raise InputError(f"no gene varies over the {len(validation)} validation spots, so "
-                                 "no epoch can be called the best. Raise --val_fraction")
+                                 "no epoch can be chosen as the best. Raise --val_fraction")
             losses[-1] |= {"validation_loss": validation_loss, "validation_pearson": score}
             is_best, best = score > best, max(score, best)
             trained.validation = per_gene.tolist()
@@ -221,13 +221,13 @@ def check_split(settings, split, table):
     training, validation = map(len, split)
     if training < 2 or (settings.val_fraction and validation < 2):
         raise InputError(
-            f"{training} training and {validation} validation spots are too few: with patches of "
-            f"{table['crop_px'].max()} px, --val_fraction {settings.val_fraction} leaves none "
-            "apart. Choose another")
+            f"{training} training and {validation} validation spots are too few. With patches of "
+            f"{table['crop_px'].max()} px, --val_fraction {settings.val_fraction} does not leave "
+            "enough spots whose patches do not overlap. Choose another")
 
 
 def where_validated(spots, split):
-    """In words, what the validation spots are."""
+    """In words, which spots are the validation spots."""
     held_out = set(spots.section[split.validation.numpy()])
     if held_out and not held_out & set(spots.section[split.training.numpy()]):
         return f" ({', '.join(sorted(held_out))})"
@@ -236,7 +236,7 @@ def where_validated(spots, split):
 
 
 def is_validated(epoch, settings):
-    """Whether an epoch is validated: every one with --freeze, else about VALIDATIONS and the last.
+    """Whether an epoch is validated: about VALIDATIONS of them and the last; all with --freeze.
 
     A validation encodes all patches in all views of the recipe, which takes as long as several
     epochs.
@@ -246,7 +246,7 @@ def is_validated(epoch, settings):
 
 
 def build(settings, panel, patch_px, expression):
-    """The network before its first step. expression: of the training spots, (n, G)."""
+    """The network before its first step. expression: that of the training spots, (n, G)."""
     kind = "regression" if settings.loss == "regression" else settings.type
     config = configure(settings.encoder, kind, len(panel), patch_px, settings.image_size,
                        settings.pixels, settings.encoder_args, temperature=settings.temperature,
@@ -256,13 +256,13 @@ def build(settings, panel, patch_px, expression):
     if settings.pretrained:
         load_encoder_weights(network.image_encoder, settings.encoder, settings.encoder_weights,
                              config.encoder_args)
-    if network.predictor:  # it starts from the mean profile
+    if network.predictor:  # which starts from the mean profile
         network.predictor.bias.data = expression.mean(dim=0).cpu()
     return network
 
 
 def adamw(network, settings, device):
-    """The optimiser: encoder and heads have learning rates of their own."""
+    """The optimiser. Encoder and heads have separate learning rates."""
     encoder = list(network.image_encoder.parameters())
     heads = [parameter for key, parameter in network.named_parameters()
              if not key.startswith("image_encoder.")]
@@ -272,8 +272,10 @@ def adamw(network, settings, device):
 
 
 def freeze(trained, processed, spots, batch_size):
-    """Leave the encoder as it is: from here on, features of all 8 symmetries stand in for
-    patches."""
+    """Leave the encoder as it is, and replace the patches by its features of all 8 symmetries.
+
+    Modifies trained and spots.
+    """
     network, settings, device = trained.network, trained.settings, spots.expression.device
     network.image_encoder.requires_grad_(False)
     weights = digest(network.image_encoder)
@@ -288,8 +290,8 @@ def freeze(trained, processed, spots, batch_size):
 def batch_loss(model, network, patches, expression, settings, generator, ranks):
     """The loss of one global batch of B spots, of which this rank has B / R.
 
-    patches: uint8 (B / R, P, P, 3), or features. expression: (B / R, G). What is random is drawn
-    for the whole batch on every rank, and each takes its share.
+    patches: uint8 (B / R, P, P, 3), or features (B / R, 8, F). expression: (B / R, G). Random
+    numbers are drawn for the whole batch on every rank, and each rank takes its share.
     """
     n = len(expression) * ranks.world
     patches = augment(patches, ranks.mine(random_turns(n, generator)))
@@ -310,7 +312,7 @@ def batch_loss(model, network, patches, expression, settings, generator, ranks):
 
 
 def learning_rate_factor(step, steps, schedule):
-    """What the learning rate is multiplied by in step 1 ... `steps`.
+    """The factor of the learning rate in step 1 ... `steps`.
 
     constant: 1. cosine: a short rise to 1, then half a cosine down to 0.
     """
@@ -323,15 +325,15 @@ def learning_rate_factor(step, steps, schedule):
 
 @torch.inference_mode()
 def validate(trained, spots, split, batch_size, ranks):
-    """The loss over the validation spots, and what selects the epoch: the task itself.
+    """The loss over the validation spots, and the score that selects the epoch.
 
-    The validation spots of each section are predicted as infer.py would, by the recipe's own
-    prediction, from the training spots. Returns (loss, Pearson correlation per gene (G,), the mean
-    over sections where it is defined).
+    The validation spots of each section are predicted from the training spots as infer.py would
+    predict them, with the recipe's own settings. Returns (loss, Pearson correlation per gene). The
+    correlation, (G,), is the mean over sections where it is defined.
     """
     network, settings = trained.network.eval(), trained.settings
     how = PREDICTING[settings.recipe]
-    if settings.protocol == "paper":  # spots drawn at random have no neighbours to smooth over
+    if settings.protocol == "paper":  # spots drawn at random lack neighbours to smooth over
         how = replace(how, smoothing=0.0)
     device = spots.expression.device
 
@@ -365,13 +367,14 @@ def validate(trained, spots, split, batch_size, ranks):
 
 
 def mean_over_sections(scores):
-    """The mean of scores (sections, G) where they are defined: (G,), NaN where none is."""
+    """The mean of scores (sections, G) where they are defined: (G,), NaN if none is."""
     defined = np.isfinite(scores)
     count = np.where(defined.any(axis=0), defined.sum(axis=0), np.nan)
     return np.where(defined, scores, 0).sum(axis=0) / count
 
 
 def main(argv=None):
+    """Train with the settings of the command line."""
     settings = parse_training(argv)
     name = run_name(settings.type, settings.protocol)
     train(settings, Run(settings.dataset, name, settings.save_path))
