@@ -61,6 +61,12 @@ def make_parser():
     run.add_argument("--compile", action=SWITCH, default=False,
                      help="compile the encoder: about a minute at first, then faster")
     run.add_argument("--seed", type=command.seed, help="of the random spots (default: 42)")
+    add_slide_flags(flags)
+    return flags
+
+
+def add_slide_flags(flags):
+    """Add the flags of a slide without expression."""
     slide = flags.add_argument_group("a slide without expression")
     slide.add_argument("--image", metavar="FILE",
                        help="predict this slide instead: .svs, .ndpi, .mrxs, .tif, .jpg ...")
@@ -75,7 +81,6 @@ def make_parser():
     slide.add_argument("--spatialdata", metavar="DIR",
                        help="write the prediction as SpatialData too; needs the package "
                             "spatialdata")
-    return flags
 
 
 def parse(argv=None):
@@ -243,7 +248,9 @@ def read_model(args):
     if args.panel_file:
         raise InputError(f"--panel_file: {path} contains its genes; a list is for published "
                          "checkpoints")
-    given = {flag: getattr(args, flag) for flag in MODEL} if args.checkpoint else asked
+    given = asked
+    if args.checkpoint:
+        given = {flag: getattr(args, flag) for flag in MODEL}
     if any(value not in (None, getattr(settings, flag)) for flag, value in given.items()):
         asked = " ".join(f"--{flag} {value}" for flag, value in given.items() if value)
         raise InputError(f"{path} was trained on {settings.dataset} {trained.name}, and is asked "
@@ -414,8 +421,8 @@ def write_results(job, result, genes, summaries):
 
 def without_nan(summary):
     """Scores for JSON: None instead of NaN."""
-    finite = {name: value for name, value in summary.items() if not np.isnan(value)}
-    return {name: finite.get(name) for name in summary}
+    defined = {name: value for name, value in summary.items() if not np.isnan(value)}
+    return {name: defined.get(name) for name in summary}
 
 
 def print_scores(job, summaries):
@@ -433,8 +440,7 @@ def print_scores(job, summaries):
           f"predicted from {', '.join(job.sections)}; {len(job.trained.panel)} genes, K = {how.k}, "
           f"{how.views} views, smoothing {how.smoothing}" + (", centred." if how.centre else "."))
     where = "query's truth, as published." if settings.protocol == "paper" else "reference."
-    print("HEG-n, HVG-n: mean Pearson of the n highest, or the n most variable, genes of the "
-          f"{where}")
+    print(f"HEG-n, HVG-n: mean Pearson of the n genes highest, or most variable, in the {where}")
     print(scores.to_string(
         float_format=lambda value: f"{value:.3f}" if value % 1 else f"{value:.0f}"))
 

@@ -61,8 +61,8 @@ def fitted_pitch(xy, array):
 
     xy: (n, 2); array: (n, 2). On a staggered array neighbours lie two steps along a row or column,
     or one step along both. On any other array they lie one step along a row or column. The result
-    is the mean over the directions in which they are nearest. Directions count as equal within 10
-    %, so that a slightly stretched lattice keeps all its neighbours.
+    is the mean over the directions in which they are nearest. Directions count as equal within
+    10 %, so that a slightly stretched lattice keeps all its neighbours.
 
     The array cannot be used
     - if a value is missing;
