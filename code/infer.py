@@ -2,11 +2,11 @@
 
     python code/infer.py --dataset GSE240429 --type heg
 
-reads GSE/<dataset>/processed and the model that main.py wrote, or --checkpoint (one of HECLIP's
-authors too). It embeds every section into ebd/, retrieves for each query patch its nearest
-reference spots, and writes <type>_prediction.h5ad, <type>_genes.csv and <type>_scores.json to
-save/<dataset>/, and maps, UMAPs and calibration to figure/. With --image it predicts a slide that
-has no expression instead.
+reads GSE/<dataset>/processed and the model that main.py wrote, or the model of --checkpoint, which
+may be one of HECLIP's authors. It writes the embeddings of every section to ebd/. For each query
+patch it retrieves the nearest reference spots. It writes <type>_prediction.h5ad, <type>_genes.csv
+and <type>_scores.json to save/<dataset>/, and maps, UMAPs and calibration to figure/. With --image
+it predicts a slide that has no expression instead.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from heclip.files import InputError, first_line
 from heclip.settings import PREDICTING, SWITCH, add_predicting_flags, predicting
 
 RANDOM_SEED = 42
-MAPPED_GENES = 6  # of a slide, where the dataset names no markers
+MAPPED_GENES = 6  # maps of a slide, if the dataset names no markers
 MODEL = {"dataset": "GSE240429", "type": "heg", "protocol": "strict"}  # if no flag says otherwise
 OF_A_SECTION = ("query", "seed", "panel_file", "ebd_only", "from_ebd", "untrained")
 OF_A_SLIDE = ("mpp", "pitch", "positions", "spatialdata", "name")
 
 
-def parse(argv=None):
+def make_parser():
+    """The parser of all flags."""
     flags = argparse.ArgumentParser(
         allow_abbrev=False,
         description="Predict the query section's expression from its image, and score it.")
@@ -33,8 +34,8 @@ def parse(argv=None):
     model.add_argument("--protocol", choices=["strict", "paper"],
                        help=f"(default: {MODEL['protocol']})")
     model.add_argument("--checkpoint", metavar="FILE",
-                       help="the model, wherever it is, instead of the three flags above; a "
-                            "<type>_best.pt of the published code too, on the data of --dataset")
+                       help="the model's file, instead of the three flags above; or a "
+                            "<type>_best.pt of the published code, for the data of --dataset")
     model.add_argument("--panel_file", metavar="CSV",
                        help="the genes of a published model in its order, ids in the first column; "
                             "default: the dataset's panel")
@@ -50,7 +51,7 @@ def parse(argv=None):
     part.add_argument("--from_ebd", action="store_true",
                       help="start from saved embeddings; needs no model and no GPU")
     run.add_argument("--untrained", action="store_true",
-                     help="score the model as it was before training too: what training has added")
+                     help="score the model before training too, to show what training adds")
     run.add_argument("--no-figures", dest="figures", action="store_false", help="scores only")
     run.add_argument("--overwrite", action="store_true",
                      help="replace the prediction of another section, slide or model")
@@ -60,20 +61,31 @@ def parse(argv=None):
     run.add_argument("--compile", action=SWITCH, default=False,
                      help="compile the encoder: about a minute at first, then faster")
     run.add_argument("--seed", type=command.seed, help="of the random spots (default: 42)")
+    add_slide_flags(flags)
+    return flags
+
+
+def add_slide_flags(flags):
+    """Add the flags of a slide without expression."""
     slide = flags.add_argument_group("a slide without expression")
     slide.add_argument("--image", metavar="FILE",
                        help="predict this slide instead: .svs, .ndpi, .mrxs, .tif, .jpg ...")
     slide.add_argument("--mpp", type=float, metavar="UM",
-                       help="µm per full-resolution pixel, over what the file says")
+                       help="µm per full-resolution pixel; overrides the file's own")
     slide.add_argument("--pitch", type=float, metavar="UM",
                        help="distance of neighbouring spots, if not the reference's")
     slide.add_argument("--positions", metavar="FILE",
-                       help="spots in full-resolution pixels, as a position file, instead of a "
+                       help="position file of the spots, in full-resolution pixels, instead of a "
                             "lattice over the tissue")
     slide.add_argument("--name", help="of the slide in the results; default: the stem of its file")
     slide.add_argument("--spatialdata", metavar="DIR",
                        help="write the prediction as SpatialData too; needs the package "
                             "spatialdata")
+
+
+def parse(argv=None):
+    """The command line as a namespace. Ends the script if flags do not go together."""
+    flags = make_parser()
     args = flags.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value is not None and value is not False}
     if args.image and (useless := given & set(OF_A_SECTION)):
@@ -82,7 +94,7 @@ def parse(argv=None):
     if not args.image and (useless := given & set(OF_A_SLIDE)):
         flags.error(f"--{', --'.join(sorted(useless))} goes with --image")
     if args.from_ebd and (useless := given & {"checkpoint", "untrained", "panel_file", "compile"}):
-        flags.error(f"--from_ebd starts from embeddings and reads no model: leave out "
+        flags.error(f"--from_ebd starts from embeddings and reads no model; leave out "
                     f"--{', --'.join(sorted(useless))}")
     return args
 
@@ -121,9 +133,10 @@ from heclip.spots import smooth
 
 @dataclass
 class Job:
-    """One section to predict: the query, from `sections`, with what was read for it.
+    """One section to predict, and the data read for it.
 
-    expression, embeddings: section -> (n_spots, G), and -> {"image", "gene"} of (n_spots, D).
+    query: its name. sections: names of the reference. expression: section -> (n_spots, G).
+    embeddings: section -> {"image", "gene"}, (n_spots, D) each.
     """
 
     trained: Trained
@@ -137,18 +150,19 @@ class Job:
 
 
 def main(argv=None):
+    """Predict, score and draw as the command line says."""
     args = parse(argv)
     if args.image:
         return predict_slide(args)
 
-    # 1. Read: the model and what it may be used on; the embeddings of the reference and the query.
+    # 1. Read the model, check what it may be used on, and embed the reference and the query.
     job = read_saved(args) if args.from_ebd else read_and_embed(args)
     if args.ebd_only:
         return
     spots, truth = job.processed.spots(job.query), job.expression[job.query]
     xy = spots.obsm["spatial"]
 
-    # 2. Predict: retrieve the nearest reference spots, average their expression, smooth.
+    # 2. Predict: retrieve the nearest reference spots, average their expression, and smooth it.
     reference = reference_of(job.sections, job.expression, job.embeddings)
     image = job.embeddings[job.query]["image"]
     predicted = predict(image, xy, reference, job.how, job.trained.is_regression)
@@ -160,7 +174,7 @@ def main(argv=None):
     chance = average_expression(index, reference.expression)
     predictions["random"] = smooth(chance, xy, job.how.smoothing)
 
-    # 3. Score, next to what chance gives.
+    # 3. Score the predictions, and random spots for comparison.
     summaries, genes = score_all(job, predictions, spots, reference.expression)
 
     # 4. Write.
@@ -177,7 +191,7 @@ def main(argv=None):
 
 
 def read_and_embed(args):
-    """A Job from the model: every section is embedded, and its embeddings are kept in ebd/."""
+    """A Job from the model. Every section is embedded, and the embeddings are saved in ebd/."""
     trained = read_model(args)
     processed = Processed(trained.settings.dataset)
     run = Run(processed.dataset, trained.name, args.save_path)
@@ -186,7 +200,7 @@ def read_and_embed(args):
     if trained.panel is None:
         trained = with_panel(trained, processed, sections, args.panel_file)
         print(f"{trained.path}: published {trained.settings.type} model of {len(trained.panel)} "
-              f"genes. It does not say what it was trained on: whether it has seen {query}, and "
+              f"genes. It does not say what it was trained on. Whether it has seen {query}, and "
               "whether its genes are these in this order, cannot be checked")
     check_replaceable(run.prediction, trained, query, args.overwrite)
     how = predicting(args.recipe or trained.settings.recipe, vars(args))
@@ -216,7 +230,10 @@ def read_saved(args):
 
 
 def read_model(args):
-    """The Trained that the flags ask for. A published one gets the dataset of the flags."""
+    """The Trained that the flags ask for. A published one gets the dataset of the flags.
+
+    Raises InputError if the model is missing, or is not the one that the flags describe.
+    """
     asked = {flag: getattr(args, flag) or default for flag, default in MODEL.items()}
     name = run_name(asked["type"], asked["protocol"])
     path = args.checkpoint or Run(asked["dataset"], name, args.save_path).checkpoint
@@ -229,9 +246,11 @@ def read_model(args):
         chosen = replace(settings, dataset=asked["dataset"], protocol=asked["protocol"])
         return replace(trained, settings=chosen)
     if args.panel_file:
-        raise InputError(f"--panel_file: {path} knows its genes; a list is for published "
+        raise InputError(f"--panel_file: {path} contains its genes; a list is for published "
                          "checkpoints")
-    given = {flag: getattr(args, flag) if args.checkpoint else asked[flag] for flag in MODEL}
+    given = asked
+    if args.checkpoint:
+        given = {flag: getattr(args, flag) for flag in MODEL}
     if any(value not in (None, getattr(settings, flag)) for flag, value in given.items()):
         asked = " ".join(f"--{flag} {value}" for flag, value in given.items() if value)
         raise InputError(f"{path} was trained on {settings.dataset} {trained.name}, and is asked "
@@ -241,7 +260,10 @@ def read_model(args):
 
 
 def choose_sections(processed, trained, query):
-    """(reference sections, query section): those of the model, and the one that it has not seen."""
+    """(reference sections, query section) of a model. It must not have been trained on the query.
+
+    query: a name; None: the only section that the model has not seen.
+    """
     if trained.reference is None:
         sections, held_out = processed.roles(query and [query])
         return sections, the_one(held_out, processed)
@@ -253,7 +275,7 @@ def choose_sections(processed, trained, query):
 
 
 def the_one(held_out, processed):
-    """The only section of a list, or an error that asks for one."""
+    """The only section of a list. Raises InputError if there is none or more than one."""
     if len(held_out) != 1:
         raise InputError(f"{processed.sections_path} has {len(held_out)} query sections; exactly "
                          "one is predicted at a time. Name it with --query")
@@ -261,14 +283,16 @@ def the_one(held_out, processed):
 
 
 def with_panel(trained, processed, sections, panel_file):
-    """A published model with the genes that it is taken to have. Raises InputError by their
-    number."""
+    """A published model with the panel whose genes it is assumed to predict.
+
+    Raises InputError if their number differs.
+    """
     settings, n_genes = trained.settings, trained.network.config.n_genes
     panel = processed.panel(settings.type, settings.protocol, sections)
     if panel_file:
         if settings.protocol == "paper":
-            raise InputError("--panel_file with --protocol paper: its corrected expression is "
-                             "that of its own panel. Leave one of them out")
+            raise InputError("--panel_file with --protocol paper: the corrected expression exists "
+                             "for the dataset's own panel only. Leave one of them out")
         panel = given_panel(panel_file, panel, processed.genes(sections[0]))
     if len(panel) != n_genes:
         raise InputError(f"{trained.path} is a {settings.type} model of {n_genes} genes, but the "
@@ -285,7 +309,7 @@ def check_replaceable(path, trained, query, overwrite):
         about = json.loads(anndata.read_h5ad(path, backed="r").uns["heclip"])
         changed = [] if about["query"] == query else [f"it is of {about['query']}, not of {query}"]
         changed += changes(from_facts(about["model"]), trained)
-    except Exception as error:  # no file of ours
+    except Exception as error:  # another program's file
         changed = [f"it was not written by infer.py, or is damaged ({first_line(error)})"]
     if changed:
         raise InputError(f"{path} holds another prediction: {'; '.join(changed)}. Keep both with "
@@ -304,7 +328,7 @@ def columns(trained, how, predicted, prefix=""):
 
 
 def predict_untrained(args, job, xy):
-    """Predictions of the model as it was before its first step, each retrieval alone."""
+    """Predictions of the model as it was before its first step, by each retrieval alone."""
     trained, device = untrained_model(job.trained), command.pick_device(args.device)
     embeddings = embed_sections(trained, job.processed, job.expression, job.how.views, device,
                                 args.batch_size)
@@ -317,7 +341,7 @@ def predict_untrained(args, job, xy):
 
 
 def untrained_model(trained):
-    """The model before its first step: the pretrained encoder, and heads as they were drawn."""
+    """The model before its first step: the pretrained encoder, and heads with random weights."""
     settings = trained.settings
     torch.manual_seed(settings.seed)
     network = HECLIP(trained.network.config)
@@ -330,8 +354,10 @@ def untrained_model(trained):
 
 
 def score_all(job, predictions, spots, reference_expression):
-    """Scores of every prediction, and per gene of the first: (name -> score -> number,
-    DataFrame)."""
+    """Scores of every prediction, and scores per gene of the first.
+
+    Returns (name -> score -> number, DataFrame by gene).
+    """
     panel, truth = job.trained.panel, job.expression[job.query]
     ranked_on = truth if panel.protocol == "paper" else reference_expression
     summaries, genes = {}, None
@@ -354,10 +380,11 @@ def score_all(job, predictions, spots, reference_expression):
 def as_anndata(job, spots, predicted, reference, genes):
     """The prediction as AnnData, spots x panel, ready for scanpy and squidpy.
 
-    X predicted and layers["true"] measured, both log-normalised. obs: what is known of each spot,
-    and how far to trust it (see `Predicted.certainty`). var: symbol, marker, the correlation that
-    the gene reached, and expected_pearson, which it reached on the validation spots before the
-    query was looked at. uns["heclip"]: JSON of the model, the query, and how it was predicted.
+    X is predicted and layers["true"] measured, both log-normalised.
+    obs: the spots' own columns, and how far to trust each (see `Predicted.certainty`).
+    var: symbol, marker, pearson, the correlation that the gene reached, and expected_pearson, the
+    one that it reached on the validation spots in training, without the query.
+    uns["heclip"]: JSON of the model, the query, and how it was predicted.
     """
     reached = genes[genes.columns.intersection(["Pearson", "expected_pearson"])]
     about = {"query": job.query, "reference": job.sections, "how": asdict(job.how),
@@ -373,7 +400,7 @@ def as_anndata(job, spots, predicted, reference, genes):
 
 
 def write_results(job, result, genes, summaries):
-    """The prediction as h5ad, the scores per gene as CSV, and all summaries as JSON."""
+    """Write the prediction as h5ad, the scores per gene as CSV, and all summaries as JSON."""
     panel, settings = job.trained.panel, job.trained.settings
     with atomic_path(job.run.prediction) as path:
         write_h5ad(result, path)
@@ -393,13 +420,16 @@ def write_results(job, result, genes, summaries):
 
 
 def without_nan(summary):
-    """Scores as JSON knows them: None where a score is undefined."""
-    return {name: None if np.isnan(value) else value for name, value in summary.items()}
+    """Scores for JSON: None instead of NaN."""
+    defined = {name: value for name, value in summary.items() if not np.isnan(value)}
+    return {name: defined.get(name) for name in summary}
 
 
 def print_scores(job, summaries):
-    """The results table: one row per score, one column per prediction; the one on disk comes
-    first."""
+    """Print the results table: one row per score, one column per prediction.
+
+    The prediction on disk comes first.
+    """
     names = {"gene": "gene retrieval", "image": "image retrieval", "both": "both retrievals",
              "untrained gene": "untrained, gene", "untrained image": "untrained, image",
              "random": "random spots"}
@@ -434,8 +464,8 @@ def draw(job, result, genes, reference):
         shown = [(gene, f"{caption} · r = {genes.loc[gene, 'Pearson']:.2f}")
                  for gene, caption in captions.items()]
         figures.expression_maps(result, shown, run.figure("MAP", suffix="png"))
-    figures.calibration_figure(result, run.figure("CAL", suffix="png"), title=f"{title}: "
-                                                                              f"{job.query}")
+    figures.calibration_figure(result, run.figure("CAL", suffix="png"),
+                               title=f"{title}: {job.query}")
     print(f"scores in {run.scores}; figures in {run.figure('MAP').parents[1]}: MAP, CAL, EBD, EXP")
 
 
@@ -443,13 +473,12 @@ def draw(job, result, genes, reference):
 
 
 def predict_slide(args):
-    """What --image does: predict, write <name>_slide_<slide>_prediction.h5ad, and draw two
-    figures."""
+    """The work of --image: predict a slide, write its prediction, and draw two figures."""
     trained = read_model(args)
     run = Run(trained.settings.dataset, trained.name, args.save_path)
     name = args.name or Path(args.image).stem
     path = run.slide_prediction(name)
-    if Path(args.image).exists():  # else it is refused where it is opened
+    if Path(args.image).exists():  # else opening it raises the error
         check_replaceable(path, trained, api.slide_identity(args.image), args.overwrite)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
@@ -461,10 +490,10 @@ def predict_slide(args):
     with atomic_path(path) as temporary:
         write_h5ad(result, temporary)
     mpp = result.uns["spatial"][name]["metadata"]["mpp"]
-    print(f"{args.image}, {mpp:.4g} µm a pixel: {result.n_obs:,} spots, {result.n_vars:,} genes "
+    print(f"{args.image}, {mpp:.4g} µm per pixel: {result.n_obs:,} spots, {result.n_vars:,} genes "
           f"predicted in {path}")
     if "spread" in result.obs:
-        print("mean over spots: similarity to those retrieved "
+        print("mean over spots: similarity to the retrieved spots "
               f"{result.obs['similarity'].mean():.3f}, their spread "
               f"{result.obs['spread'].mean():.3f}")
     if args.spatialdata:
@@ -473,12 +502,14 @@ def predict_slide(args):
         spots, maps = run.figure("QC", name, "jpg"), run.figure("MAP", name, "png")
         figures.spots_over_slide(result, name, spots)
         figures.predicted_maps(result, genes_to_map(result), maps)
-        print(f"Look at {spots}: spots on all tissue, and on nothing else. Maps in {maps}")
+        print(f"Look at {spots}: spots must lie on all tissue and on nothing else. Maps in {maps}")
 
 
 def genes_to_map(prediction):
-    """The dataset's markers, or else the genes whose predictions vary most: [(gene id,
-    caption)]."""
+    """The genes of a slide's maps, [(gene id, caption)].
+
+    They are the dataset's markers, or without markers the genes whose predictions vary most.
+    """
     markers = prediction.var_names[prediction.var["marker"]]
     if len(markers):
         return [(gene, "marker") for gene in markers]

@@ -3,7 +3,7 @@
     python code/main.py --dataset GSE240429 --type heg                           one GPU, or the CPU
     torchrun --nproc_per_node 8 code/main.py --dataset GSE240429 --type heg      several
 
-reads GSE/<dataset>/processed, and writes save/<dataset>/<type>_best.pt, the epoch with the best
+reads GSE/<dataset>/processed. It writes save/<dataset>/<type>_best.pt, the epoch with the best
 validation score, <type>_losses.csv, and <type>_last.pt, from which --resume continues. The query
 section is never opened.
 
@@ -62,11 +62,11 @@ from heclip.panel import run_name
 from heclip.prediction import Reference, predict
 from heclip.settings import PREDICTING
 
-VALIDATIONS = 5  # of a training, about
+VALIDATIONS = 5  # approximate number of validations in a training
 
 
 class History(NamedTuple):
-    """What training reports: a dict per epoch, its speed, and the number of training spots.
+    """The results of a training: a dict per epoch, its speed, and the number of training spots.
 
     The dicts hold epoch and train_loss; where validated, validation_loss and validation_pearson.
     """
@@ -107,13 +107,13 @@ class Fit(NamedTuple):
 def train(settings: Training, run: Run) -> History:
     """Train a model as `settings` say, and write it where `run` says.
 
-    The model appears when training has finished: whoever reads it meanwhile reads the one before.
-    Raises InputError if the data are missing or too few, or if another model lies there already.
+    The model appears when training has finished. Until then, readers get the earlier model. Raises
+    InputError if the data are missing or too few, or if another model is there already.
     """
     ranks = parallel.start(command.pick_device(settings.device))
     if settings.freeze and ranks.world > 1:
-        raise InputError("--freeze under torchrun: heads alone train in seconds. Run it as python "
-                         "code/main.py")
+        raise InputError("--freeze under torchrun: heads alone train in seconds. Run python "
+                         "code/main.py instead")
     with locked(run.checkpoint) if ranks.rank == 0 else nullcontext():
         torch.manual_seed(settings.seed)
         history = run_epochs(set_up(settings, ranks), run, settings)
@@ -143,7 +143,7 @@ def set_up(settings, ranks):
     patch_px, patch_um = int(table["patch_px"].iloc[0]), float(table.eval("crop_px * mpp").mean())
     network = build(settings, panel, patch_px, spots.expression[split.training.to(ranks.device)])
     network.to(ranks.device, memory_format=torch.channels_last)
-    # What the model is does not depend on how and where this call was made.
+    # How and where the training runs does not change the model.
     learned = replace(settings, resume=False, overwrite=False, save_path=None)
     trained = Trained(network, learned, panel, table["digest"].to_dict(), patch_px, patch_um)
     compiled = settings.compile
@@ -171,13 +171,13 @@ def check_split(settings, split, table):
     training, validation = map(len, split)
     if training < 2 or (settings.val_fraction and validation < 2):
         raise InputError(
-            f"{training} training and {validation} validation spots are too few: with patches of "
-            f"{table['crop_px'].max()} px, --val_fraction {settings.val_fraction} leaves none "
-            "apart. Choose another")
+            f"{training} training and {validation} validation spots are too few. With patches of "
+            f"{table['crop_px'].max()} px, --val_fraction {settings.val_fraction} does not leave "
+            "enough spots whose patches do not overlap. Choose another")
 
 
 def where_validated(spots, split):
-    """In words, what the validation spots are."""
+    """In words, which spots are the validation spots."""
     held_out = set(spots.section[split.validation.numpy()])
     if held_out and not held_out & set(spots.section[split.training.numpy()]):
         return f" ({', '.join(sorted(held_out))})"
@@ -186,7 +186,7 @@ def where_validated(spots, split):
 
 
 def build(settings, panel, patch_px, expression):
-    """The network before its first step. expression: of the training spots, (n, G)."""
+    """The network before its first step. expression: that of the training spots, (n, G)."""
     kind = "regression" if settings.loss == "regression" else settings.type
     config = configure(settings.encoder, kind, len(panel), patch_px, settings.image_size,
                        settings.pixels, settings.encoder_args, temperature=settings.temperature,
@@ -196,13 +196,13 @@ def build(settings, panel, patch_px, expression):
     if settings.pretrained:
         load_encoder_weights(network.image_encoder, settings.encoder, settings.encoder_weights,
                              config.encoder_args)
-    if network.predictor:  # it starts from the mean profile
+    if network.predictor:  # which starts from the mean profile
         network.predictor.bias.data = expression.mean(dim=0).cpu()
     return network
 
 
 def adamw(network, settings, device):
-    """The optimiser: encoder and heads have learning rates of their own."""
+    """The optimiser. Encoder and heads have separate learning rates."""
     encoder = list(network.image_encoder.parameters())
     heads = [parameter for key, parameter in network.named_parameters()
              if not key.startswith("image_encoder.")]
@@ -212,7 +212,7 @@ def adamw(network, settings, device):
 
 
 def freeze(fit, processed):
-    """Leave the encoder as it is: from here on, features of all 8 symmetries replace patches."""
+    """Leave the encoder as it is, and replace the patches by its features of all 8 symmetries."""
     trained, network, device = fit.trained, fit.trained.network, fit.ranks.device
     network.image_encoder.requires_grad_(False)
     weights = digest(network.image_encoder)
@@ -271,7 +271,7 @@ def run_epochs(fit, run, settings):
 
 
 def is_validated(epoch, settings):
-    """Whether an epoch is validated: every one with --freeze, else about VALIDATIONS and the last.
+    """Whether an epoch is validated: about VALIDATIONS of them and the last; all with --freeze.
 
     A validation encodes all patches in all views of the recipe. That takes as long as several
     epochs, but with the features of a frozen encoder it does not.
@@ -283,8 +283,8 @@ def is_validated(epoch, settings):
 def one_epoch(fit, epoch):
     """See each training spot once, in a new order and as one of its 8 symmetries.
 
-    All that is random comes from the seed and the epoch's number, so that a resumed run repeats
-    what it would have been. Returns (mean loss, patches per second).
+    Everything random is drawn from the seed and the epoch's number, so that a resumed run gives
+    the same model as an uninterrupted one. Returns (mean loss, patches per second).
     """
     settings, ranks, start = fit.trained.settings, fit.ranks, time.perf_counter()
     fit.model.train()
@@ -322,8 +322,8 @@ def one_epoch(fit, epoch):
 def batch_loss(fit, patches, expression, generator):
     """The loss of one global batch of B spots, of which this rank has B / R.
 
-    patches: uint8 (B / R, P, P, 3), or features. expression: (B / R, G). What is random is drawn
-    for the whole batch on every rank, and each takes its share.
+    patches: uint8 (B / R, P, P, 3), or features (B / R, 8, F). expression: (B / R, G). Random
+    numbers are drawn for the whole batch on every rank, and each rank takes its share.
     """
     network, settings, ranks = fit.trained.network, fit.trained.settings, fit.ranks
     n = len(expression) * ranks.world
@@ -346,7 +346,7 @@ def batch_loss(fit, patches, expression, generator):
 
 
 def learning_rate_factor(step, steps, schedule):
-    """What the learning rate is multiplied by in step 1 ... `steps`.
+    """The factor of the learning rate in step 1 ... `steps`.
 
     constant: 1. cosine: a short rise to 1, then half a cosine down to 0.
     """
@@ -362,16 +362,16 @@ def learning_rate_factor(step, steps, schedule):
 
 @torch.inference_mode()
 def validate(fit):
-    """The loss over the validation spots, and what selects the epoch: the task itself.
+    """The loss over the validation spots, and the score that selects the epoch.
 
-    The validation spots of each section are predicted as infer.py would, by the recipe's own
-    prediction, from the training spots. Returns (loss, Pearson correlation, its mean over genes
-    where it is defined). The correlation per gene is kept in `trained.validation`.
+    The validation spots of each section are predicted from the training spots as infer.py would
+    predict them, with the recipe's own settings. Returns (loss, score). The score is the mean
+    Pearson correlation over the genes where it is defined; `trained.validation` keeps all of them.
     """
     trained, split, spots = fit.trained, fit.split, fit.spots
     network, settings = trained.network.eval(), trained.settings
     how = PREDICTING[settings.recipe]
-    if settings.protocol == "paper":  # spots drawn at random have no neighbours to smooth over
+    if settings.protocol == "paper":  # spots drawn at random lack neighbours to smooth over
         how = replace(how, smoothing=0.0)
     device, loss_of = fit.ranks.device, LOSSES[settings.loss]
     image = embed(fit, split.validation, how.views)
@@ -391,7 +391,7 @@ def validate(fit):
     trained.validation, score = per_gene.tolist(), mean_defined(per_gene)
     if math.isnan(score):
         raise InputError(f"no gene varies over the {len(image)} validation spots, so no epoch can "
-                         "be called the best. Raise --val_fraction")
+                         "be chosen as the best. Raise --val_fraction")
     return loss / len(image), score
 
 
@@ -416,13 +416,14 @@ def training_reference(fit, how):
 
 
 def mean_over_sections(scores):
-    """The mean of scores (sections, G) where they are defined: (G,), NaN where none is."""
+    """The mean of scores (sections, G) where they are defined: (G,), NaN if none is."""
     defined = np.isfinite(scores)
     count = np.where(defined.any(axis=0), defined.sum(axis=0), np.nan)
     return np.where(defined, scores, 0).sum(axis=0) / count
 
 
 def main(argv=None):
+    """Train with the settings of the command line."""
     settings = parse_training(argv)
     name = run_name(settings.type, settings.protocol)
     train(settings, Run(settings.dataset, name, settings.save_path))

@@ -238,7 +238,7 @@ def test_the_crop_is_as_wide_as_the_patches_that_the_model_saw(slide, tmp_path, 
 
 
 def test_a_difference_of_scale_is_said(run, slide, monkeypatch):
-    coarse = "case 7.tif has 3 µm a pixel, coarser than the reference: 13 pixels"
+    coarse = "case 7.tif has 3 µm per pixel, coarser than the reference: 13 pixels"
     with pytest.warns(UserWarning, match=coarse):
         predict(run, slide, mpp=3)
     sections = Processed.sections

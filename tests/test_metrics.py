@@ -1,4 +1,4 @@
-"""Each vectorised score against its slow, obvious definition, one gene at a time, and against sums done by hand."""
+"""Each vectorised score is compared with its slow, obvious definition, and with sums by hand."""
 
 import warnings
 
@@ -8,6 +8,7 @@ import pytest
 import scanpy
 import scipy.sparse
 import scipy.stats
+from numpy.testing import assert_allclose
 
 from heclip import metrics
 from heclip.metrics import (
@@ -39,7 +40,7 @@ from heclip.spots import neighbours
 NAN = float("nan")
 
 
-# ------------------------------------------------------------------------------ the slow definitions
+# ----------------------------------------------------------------------------- the slow definitions
 
 
 def slow_pearson(p, t):
@@ -92,11 +93,12 @@ FAST_AND_SLOW = [
 def gene_by_gene(slow, prediction, truth):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns of constant genes, and gives NaN
-        return np.array([slow(p, t) for p, t in zip(prediction.T.astype(float), truth.T.astype(float), strict=True)])
+        pairs = zip(prediction.T.astype(float), truth.T.astype(float), strict=True)
+        return np.array([slow(p, t) for p, t in pairs])
 
 
 def expression_pair(n=60, genes=40, seed=0):
-    """A prediction and a truth like log-normalised expression, with constant and empty genes among them."""
+    """A prediction and a truth like log-normalised expression, some genes constant or empty."""
     rng = np.random.default_rng(seed)
     truth = np.log1p(rng.poisson(rng.gamma(1, 2, genes), (n, genes)))
     prediction = np.abs(0.5 * truth + rng.normal(0.3, 0.4, (n, genes)))
@@ -124,14 +126,15 @@ def test_each_score_equals_its_slow_definition(fast, slow, dtype):
     expected = gene_by_gene(slow, prediction, truth)
     assert np.isnan(expected).any()
     assert not np.isnan(expected).all()
-    np.testing.assert_allclose(fast(prediction, truth), expected, rtol=0, atol=1e-10)
+    assert_allclose(fast(prediction, truth), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("fast", "slow"), FAST_AND_SLOW)
 def test_each_score_equals_its_slow_definition_where_values_lie_below_zero(fast, slow):
     prediction, truth = expression_pair(seed=1)  # as Harmony leaves them
     prediction, truth = prediction - 0.2, truth - 0.1
-    np.testing.assert_allclose(fast(prediction, truth), gene_by_gene(slow, prediction, truth), rtol=0, atol=1e-10)
+    expected = gene_by_gene(slow, prediction, truth)
+    assert_allclose(fast(prediction, truth), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("fast", "prediction", "truth", "expected"), [
@@ -151,44 +154,52 @@ def test_each_score_equals_its_slow_definition_where_values_lie_below_zero(fast,
     (ssim_per_gene, (0, 0), (0, 1), NAN),
     (js_per_gene, (1, 3), (2, 6), 0),
     (js_per_gene, (1, 0), (0, 1), np.log(2)),
-    (js_per_gene, (1, 1), (1, 0), 0.5 * np.log(1 / 0.75) + 0.25 * np.log(0.5 / 0.75) + 0.25 * np.log(0.5 / 0.25)),
+    (js_per_gene, (1, 1), (1, 0),
+     0.5 * np.log(1 / 0.75) + 0.25 * np.log(0.5 / 0.75) + 0.25 * np.log(0.5 / 0.25)),
     (js_per_gene, (0, 0), (1, 0), NAN),
     (js_per_gene, (2, -1), (1, 0), NAN),
 ])
-def test_scores_of_two_or_three_spots_are_those_worked_out_by_hand(fast, prediction, truth, expected):
+def test_scores_of_two_or_three_spots_are_those_worked_out_by_hand(fast, prediction, truth,
+                                                                   expected):
     # The published 1e-10 in the Jensen-Shannon divergence moves the hand's numbers by some 1e-8.
-    np.testing.assert_allclose(fast(column(*prediction), column(*truth)), [expected], rtol=0, atol=1e-8)
+    assert_allclose(fast(column(*prediction), column(*truth)), [expected], rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize(("fast", "perfect"), [(pearson_per_gene, 1), (ssim_per_gene, 1), (rmse_per_gene, 0),
-                                               (js_per_gene, 0)])
+@pytest.mark.parametrize(("fast", "perfect"), [
+    (pearson_per_gene, 1),
+    (ssim_per_gene, 1),
+    (rmse_per_gene, 0),
+    (js_per_gene, 0),
+])
 def test_a_perfect_prediction_has_the_perfect_score_in_every_varying_gene(fast, perfect):
     _, truth = expression_pair()
     varying = truth.std(axis=0) > 1e-9
-    np.testing.assert_allclose(fast(truth, truth)[varying], perfect, rtol=0, atol=1e-12)
+    assert_allclose(fast(truth, truth)[varying], perfect, rtol=0, atol=1e-12)
 
 
 def test_pearson_does_not_change_when_a_gene_is_scaled_and_shifted():
     prediction, truth = expression_pair()
     rng = np.random.default_rng(2)
     scale, shift = rng.uniform(0.1, 30, truth.shape[1]), rng.normal(0, 5, truth.shape[1])
-    np.testing.assert_allclose(pearson_per_gene(prediction * scale + shift, truth),
-                               pearson_per_gene(prediction, truth), rtol=0, atol=1e-10)
-    np.testing.assert_allclose(pearson_per_gene(-prediction, truth), -pearson_per_gene(prediction, truth), atol=1e-12)
+    assert_allclose(pearson_per_gene(prediction * scale + shift, truth),
+                    pearson_per_gene(prediction, truth), rtol=0, atol=1e-10)
+    assert_allclose(pearson_per_gene(-prediction, truth), -pearson_per_gene(prediction, truth),
+                    atol=1e-12)
 
 
 def test_rmse_says_nothing_that_pearson_does_not():
     prediction, truth = expression_pair()
     pearson = pearson_per_gene(prediction, truth)
-    np.testing.assert_allclose(rmse_per_gene(prediction, truth), np.sqrt(2 - 2 * pearson), rtol=0, atol=1e-10)
+    assert_allclose(rmse_per_gene(prediction, truth), np.sqrt(2 - 2 * pearson), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("fast", [pearson_per_gene, rmse_per_gene, ssim_per_gene, js_per_gene])
-def test_a_gene_keeps_its_place_and_its_score_whatever_stands_beside_it(fast):
+def test_a_gene_keeps_its_place_and_its_score_whatever_is_next_to_it(fast):
     prediction, truth = expression_pair()
     order = np.random.default_rng(3).permutation(truth.shape[1])
-    np.testing.assert_allclose(fast(prediction[:, order], truth[:, order]), fast(prediction, truth)[order], rtol=1e-12)
-    np.testing.assert_allclose(fast(prediction[:, 5:6], truth[:, 5:6]), fast(prediction, truth)[5:6], rtol=1e-12)
+    together = fast(prediction, truth)
+    assert_allclose(fast(prediction[:, order], truth[:, order]), together[order], rtol=1e-12)
+    assert_allclose(fast(prediction[:, 5:6], truth[:, 5:6]), together[5:6], rtol=1e-12)
 
 
 @pytest.mark.parametrize("fast", [pearson_per_gene, rmse_per_gene, ssim_per_gene, js_per_gene])
@@ -204,7 +215,7 @@ def test_pearson_of_float32_with_a_large_offset_is_as_accurate_as_of_float64():
     truth = (rng.normal(0, 1, (500, 6)) + 1e4).astype(np.float32)
     prediction = (truth + rng.normal(0, 1, truth.shape)).astype(np.float32)
     expected = gene_by_gene(slow_pearson, prediction, truth)
-    np.testing.assert_allclose(pearson_per_gene(prediction, truth), expected, rtol=0, atol=1e-9)
+    assert_allclose(pearson_per_gene(prediction, truth), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-30, 1e6 + 0.1, -0.7])
@@ -220,8 +231,8 @@ def test_a_constant_gene_is_undefined_though_rounding_moves_its_mean(value, dtyp
 def test_a_gene_that_varies_in_its_last_bit_only_is_still_defined():
     low = np.float32(0.1)
     gene = np.array([low, np.nextafter(low, np.float32(1))] * 20)[:, None]
-    np.testing.assert_allclose(pearson_per_gene(gene, gene), 1, atol=1e-6)
-    np.testing.assert_allclose(pearson_per_gene(gene, np.tile([[0.0], [5.0]], (20, 1))), 1, atol=1e-6)
+    assert_allclose(pearson_per_gene(gene, gene), 1, atol=1e-6)
+    assert_allclose(pearson_per_gene(gene, np.tile([[0.0], [5.0]], (20, 1))), 1, atol=1e-6)
 
 
 def test_a_gene_constant_over_the_reference_is_predicted_as_constant_to_the_last_bit():
@@ -235,8 +246,10 @@ def test_a_gene_constant_over_the_reference_is_predicted_as_constant_to_the_last
 
 @pytest.mark.parametrize("k", [*HIT_AT, 40, 100])
 def test_hit_at_k_equals_the_intersection_of_sets_with_ties_to_the_lower_index(k):
-    prediction, truth = (np.round(x, 1) for x in expression_pair(seed=7))  # rounding makes many ties
-    assert hit_at_k(prediction, truth, k) == pytest.approx(slow_hit(prediction, truth, k), abs=1e-12)
+    pair = expression_pair(seed=7)
+    prediction, truth = (np.round(x, 1) for x in pair)  # rounding makes many ties
+    expected = slow_hit(prediction, truth, k)
+    assert hit_at_k(prediction, truth, k) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(("k", "expected"), [(1, 1 / 3), (2, 2 / 3), (3, 1), (9, 1)])
@@ -252,7 +265,8 @@ def test_hit_at_k_of_three_spots_is_the_one_counted_by_hand(k, expected):
 
 
 def test_genes_are_ranked_by_sum_and_by_variance_of_the_expression_that_is_given():
-    expression = np.array([[5, 0, 1, 2], [5, 8, 2, 2], [5, 1, 3, 2]])  # sums 15, 9, 6, 6; genes 0 and 3 do not vary
+    # Sums 15, 9, 6, 6. Genes 0 and 3 do not vary.
+    expression = np.array([[5, 0, 1, 2], [5, 8, 2, 2], [5, 1, 3, 2]])
     by_sum, by_variance = rank_genes(expression)
     assert by_sum.tolist() == [0, 1, 2, 3]
     assert by_variance.tolist() == [1, 2, 0, 3]
@@ -267,7 +281,7 @@ def test_heg_and_hvg_are_means_over_the_top_genes_of_the_ranking_expression_not_
         order = sorted(range(70), key=lambda gene: -value[gene])
         for n in TOP_GENES:  # 100 of them are more than there are
             assert summary[f"{label}-{n}"] == pytest.approx(np.nanmean(slow[order[:n]]), abs=1e-10)
-    np.testing.assert_allclose(per_gene["Pearson"], slow, atol=1e-10)
+    assert_allclose(per_gene["Pearson"], slow, atol=1e-10)
 
 
 def test_a_constant_gene_inside_the_top_n_is_left_out_of_the_mean_and_moves_no_other():
@@ -285,7 +299,8 @@ def test_the_summary_holds_every_published_score_and_counts_undefined_genes():
     prediction, truth = expression_pair()
     per_gene, summary = score(prediction, truth, truth)
     slow = {"Pearson": slow_pearson, "SSIM": slow_ssim, "RMSE": slow_rmse, "JS": slow_js}
-    expected = {name: np.nanmean(gene_by_gene(one, prediction, truth)) for name, one in slow.items()}
+    expected = {name: np.nanmean(gene_by_gene(one, prediction, truth))
+                for name, one in slow.items()}
     expected |= {f"Hit@{k}": slow_hit(prediction, truth, k) for k in HIT_AT}
     assert per_gene.keys() == slow.keys()
     for name, value in expected.items():
@@ -301,8 +316,9 @@ def test_scoring_by_blocks_of_genes_keeps_every_gene_in_its_place(monkeypatch):
     assert truth.shape[1] > 2 * 7  # and the last block is not whole
     assert truth.shape[1] % 7
     per_gene, _ = score(prediction, truth, truth)
-    for name, one in (("Pearson", slow_pearson), ("SSIM", slow_ssim), ("RMSE", slow_rmse), ("JS", slow_js)):
-        np.testing.assert_allclose(per_gene[name], gene_by_gene(one, prediction, truth), atol=1e-10)
+    slow = {"Pearson": slow_pearson, "SSIM": slow_ssim, "RMSE": slow_rmse, "JS": slow_js}
+    for name, one in slow.items():
+        assert_allclose(per_gene[name], gene_by_gene(one, prediction, truth), atol=1e-10)
 
 
 def test_the_mean_over_genes_is_nan_only_where_no_gene_is_defined():
@@ -311,11 +327,11 @@ def test_the_mean_over_genes_is_nan_only_where_no_gene_is_defined():
     assert np.isnan(mean_defined(np.array([])))
 
 
-# ------------------------------------------------------------------------------ what the published scores leave out
+# -------------------------------------------------------------- what the published scores leave out
 
 
 def lattice(rows=12, columns=9, staggered=False):
-    """array_row, array_col and centres (n, 2) of a lattice, some places of it empty, in no order."""
+    """array_row, array_col and centres (n, 2) of a lattice, shuffled, with some places empty."""
     rng = np.random.default_rng(rows)
     row, col = np.mgrid[:rows, :columns].reshape(2, -1)
     order = rng.permutation(len(row))[:len(row) * 5 // 6]
@@ -327,7 +343,7 @@ def lattice(rows=12, columns=9, staggered=False):
 
 
 def smooth_genes(xy, genes=5, seed=0):
-    """Truth that varies smoothly over the tissue, and a prediction that follows it with noise. (n, G) each."""
+    """A noisy prediction of a truth that varies smoothly over the tissue, and the truth: (n, G)."""
     rng = np.random.default_rng(seed)
     waves = np.sin(xy @ rng.normal(0, 0.006, (2, genes)) + rng.uniform(0, 6, genes)) + 1
     return waves + rng.normal(0, 0.3, waves.shape), waves + rng.normal(0, 0.2, waves.shape)
@@ -341,48 +357,54 @@ def test_spearman_equals_scipys_ties_and_constant_genes_included():
     prediction, truth = (np.round(x, 1) for x in expression_pair(seed=11))
     expected = gene_by_gene(slow_spearman, prediction, truth)
     assert np.isnan(expected).any()
-    np.testing.assert_allclose(spearman_per_gene(prediction, truth), expected, rtol=0, atol=1e-10)
+    assert_allclose(spearman_per_gene(prediction, truth), expected, rtol=0, atol=1e-10)
 
 
 def test_spearman_asks_for_the_order_alone():
     prediction, truth = expression_pair()
-    np.testing.assert_allclose(spearman_per_gene(np.exp(3 * prediction), truth), spearman_per_gene(prediction, truth))
-    np.testing.assert_allclose(spearman_per_gene(column(1, 2, 900), column(3, 4, 5)), [1])
-    np.testing.assert_allclose(spearman_per_gene(column(0, 0, 5), column(0, 7, 7)), [0.5])  # (1.5,1.5,3), (1,2.5,2.5)
+    assert_allclose(spearman_per_gene(np.exp(3 * prediction), truth),
+                    spearman_per_gene(prediction, truth))
+    assert_allclose(spearman_per_gene(column(1, 2, 900), column(3, 4, 5)), [1])
+    # The ranks are 1.5, 1.5, 3 and 1, 2.5, 2.5.
+    assert_allclose(spearman_per_gene(column(0, 0, 5), column(0, 7, 7)), [0.5])
 
 
 def test_pearson_per_spot_is_that_of_its_row():
     prediction, truth = expression_pair()
-    prediction[2] = 0.0  # a spot of which nothing is predicted
+    prediction[2] = 0.0  # a spot without a prediction
     expected = gene_by_gene(slow_pearson, prediction.T, truth.T)
-    np.testing.assert_allclose(pearson_per_spot(prediction, truth), expected, rtol=0, atol=1e-10)
+    assert_allclose(pearson_per_spot(prediction, truth), expected, rtol=0, atol=1e-10)
     assert np.isnan(pearson_per_spot(prediction, truth)[2])
 
 
 def test_the_error_is_in_the_units_of_the_expression():
-    np.testing.assert_allclose(error_per_gene(np.float32([[1, 5], [1, 2]]), np.float32([[4, 5], [5, 2]])),
-                               [12.5**0.5, 0])
+    assert_allclose(error_per_gene(np.float32([[1, 5], [1, 2]]), np.float32([[4, 5], [5, 2]])),
+                    [12.5**0.5, 0])
     prediction, truth = expression_pair()
-    slow = [np.sqrt(np.mean([(a - b) ** 2 for a, b in zip(p, t, strict=True)]))
-            for p, t in zip(prediction.T, truth.T, strict=True)]
-    np.testing.assert_allclose(error_per_gene(prediction, truth), slow)
+    slow = []
+    for p, t in zip(prediction.T, truth.T, strict=True):
+        slow.append(np.sqrt(np.mean([(a - b) ** 2 for a, b in zip(p, t, strict=True)])))
+    assert_allclose(error_per_gene(prediction, truth), slow)
 
 
 def slow_recall(prediction, truth, k):
     def top(row):
         return set(sorted(range(len(row)), key=lambda gene: (-row[gene], gene))[:k])
 
-    return np.mean([len(top(p) & top(t)) / len(top(t)) for p, t in zip(prediction, truth, strict=True)])
+    pairs = zip(prediction, truth, strict=True)
+    return np.mean([len(top(p) & top(t)) / len(top(t)) for p, t in pairs])
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 40, 100])  # there are 40 genes
 def test_recall_at_k_is_the_share_of_the_true_top_that_was_found(k):
     prediction, truth = (np.round(x, 1) for x in expression_pair(seed=12))
-    assert recall_at_k(prediction, truth, k) == pytest.approx(slow_recall(prediction, truth, k), abs=1e-12)
+    expected = slow_recall(prediction, truth, k)
+    assert recall_at_k(prediction, truth, k) == pytest.approx(expected, abs=1e-12)
 
 
 def test_recall_at_two_of_two_spots_counted_by_hand():
-    truth, prediction = np.array([[9, 8, 1, 0], [9, 8, 1, 0]]), np.array([[5, 1, 4, 0], [0, 1, 2, 3]])
+    truth = np.array([[9, 8, 1, 0], [9, 8, 1, 0]])
+    prediction = np.array([[5, 1, 4, 0], [0, 1, 2, 3]])
     assert recall_at_k(prediction, truth, 2) == 0.25  # one of two, none of two
     assert recall_at_k(prediction, truth, 1) == 0.5
 
@@ -401,23 +423,26 @@ def test_morans_i_equals_its_formula_in_loops_and_scanpys():
     graph = neighbours(xy)
     assert graph.sum(axis=1).min() == 0
     values = morans_i(truth, graph)
-    np.testing.assert_allclose(values, [slow_morans_i(gene, graph.toarray()) for gene in truth.T], atol=1e-12)
-    np.testing.assert_allclose(values, scanpy.metrics.morans_i(graph, truth.T.copy()), atol=1e-10)
+    expected = [slow_morans_i(gene, graph.toarray()) for gene in truth.T]
+    assert_allclose(values, expected, atol=1e-12)
+    assert_allclose(values, scanpy.metrics.morans_i(graph, truth.T.copy()), atol=1e-10)
     assert values.min() > 0.2
 
 
 def test_morans_i_of_a_chequered_and_a_constant_gene():
-    graph = scipy.sparse.csr_matrix(np.array([[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]]))  # a chain
+    chain = np.array([[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]])
+    graph = scipy.sparse.csr_matrix(chain)
     values = morans_i(np.array([[0, 0.1, 0], [1, 0.1, 0], [0, 0.1, 1], [1, 0.1, 1]]), graph)
-    np.testing.assert_allclose(values, [-1, NAN, 1 / 3])
+    assert_allclose(values, [-1, NAN, 1 / 3])
 
 
 def slow_windowed_ssim(p, t, row, col, window=7):
-    """Spot by spot: the mean over spots of the structural similarity of the spots in the window around each."""
+    """The mean over spots of the structural similarity in the window around each spot."""
     c1, c2 = (0.01 * np.ptp(t)) ** 2, (0.03 * np.ptp(t)) ** 2
     values = []
     for i in range(len(t)):
-        near = [j for j in range(len(t)) if max(abs(row[i] - row[j]), abs(col[i] - col[j])) <= window // 2]
+        near = [j for j in range(len(t))
+                if max(abs(row[i] - row[j]), abs(col[i] - col[j])) <= window // 2]
         a, b = p[near], t[near]
         covariance = np.mean((a - a.mean()) * (b - b.mean()))
         values.append((2 * a.mean() * b.mean() + c1) * (2 * covariance + c2)
@@ -443,12 +468,14 @@ def test_windowed_ssim_equals_a_loop_over_windows(staggered, window):
 def test_windowed_ssim_is_one_for_the_truth_and_sees_where_a_gene_is():
     row, col, xy = lattice()
     _, truth = smooth_genes(xy)
-    np.testing.assert_allclose(windowed_ssim_per_gene(truth, truth, np.column_stack([row, col])), 1)
-    shuffled = np.random.default_rng(0).permutation(len(row))  # of both alike: the global form cannot tell
+    assert_allclose(windowed_ssim_per_gene(truth, truth, np.column_stack([row, col])), 1)
+    # Both are shuffled in the same way, which does not change the global form.
+    shuffled = np.random.default_rng(0).permutation(len(row))
     noisy = truth + np.random.default_rng(1).normal(0, 0.3, truth.shape)
-    np.testing.assert_allclose(ssim_per_gene(noisy[shuffled], truth[shuffled]), ssim_per_gene(noisy, truth))
-    apart = windowed_ssim_per_gene(noisy[shuffled], truth[shuffled], np.column_stack([row, col]))
-    assert (np.abs(apart - windowed_ssim_per_gene(noisy, truth, np.column_stack([row, col]))) > 0.001).all()
+    assert_allclose(ssim_per_gene(noisy[shuffled], truth[shuffled]), ssim_per_gene(noisy, truth))
+    array = np.column_stack([row, col])
+    apart = windowed_ssim_per_gene(noisy[shuffled], truth[shuffled], array)
+    assert (np.abs(apart - windowed_ssim_per_gene(noisy, truth, array)) > 0.001).all()
 
 
 def test_the_further_scores_are_those_of_their_functions():
@@ -459,13 +486,15 @@ def test_the_further_scores_are_those_of_their_functions():
     summary = score_further(prediction, truth, spots, xy)
     graph, varying = neighbours(xy).toarray(), [0, 1, 2, 3, 5]
     pearson = gene_by_gene(slow_pearson, prediction, truth)[varying]
-    predicted, measured = (np.array([slow_morans_i(x[:, g], graph) for g in varying]) for x in (prediction, truth))
+    predicted = np.array([slow_morans_i(prediction[:, g], graph) for g in varying])
+    measured = np.array([slow_morans_i(truth[:, g], graph) for g in varying])
+    windowed = windowed_ssim_per_gene(prediction, truth, np.column_stack([row, col]))
     assert summary == pytest.approx({
         "Pearson, median": np.median(pearson),
         "Pearson per spot": gene_by_gene(slow_pearson, prediction.T, truth.T).mean(),
         "Spearman": gene_by_gene(slow_spearman, prediction, truth)[varying].mean(),
         "RMSE, log-normalised": np.sqrt(((prediction - truth) ** 2).mean(axis=0)).mean(),
-        "SSIM, windows": windowed_ssim_per_gene(prediction, truth, np.column_stack([row, col]))[varying].mean(),
+        "SSIM, windows": windowed[varying].mean(),
         "Moran's I, r": slow_pearson(predicted, measured),
         "Moran's I, ratio": predicted.mean() / measured.mean(),
         **{f"recall@{k}": slow_recall(prediction, truth, k) for k in HIT_AT}}, abs=1e-10)
@@ -487,7 +516,7 @@ def test_a_section_of_one_or_two_spots_is_scored_without_a_crash(n, genes):
     assert np.isnan(bootstrap(prediction, truth, xy, slice(None))).all()
 
 
-# ------------------------------------------------------------------------------ how certain, and how high at most
+# ---------------------------------------------------------------- how certain, and how high at most
 
 
 def slow_bootstrap(prediction, truth, xy, genes, draws, seed):
@@ -495,12 +524,17 @@ def slow_bootstrap(prediction, truth, xy, genes, draws, seed):
     distance = np.linalg.norm(xy[:, None] - xy, axis=2) + np.diag([np.inf] * len(xy))
     side = 5 * np.median(distance.min(axis=1))
     names = [(int(x // side), int(y // side)) for x, y in xy]
-    blocks = [np.flatnonzero([name == block for name in names]) for block in sorted(set(names))]
-    chosen = np.random.default_rng(seed).multinomial(len(blocks), np.full(len(blocks), 1 / len(blocks)), size=draws)
+    blocks = []
+    for block in sorted(set(names)):
+        blocks.append(np.flatnonzero([name == block for name in names]))
+    equal = np.full(len(blocks), 1 / len(blocks))
+    chosen = np.random.default_rng(seed).multinomial(len(blocks), equal, size=draws)
     means = []
     for counts in chosen:
-        spots = np.concatenate([block for block, count in zip(blocks, counts, strict=True) for _ in range(count)])
-        r = [slow_pearson(p, t) for p, t in zip(prediction[spots][:, genes].T, truth[spots][:, genes].T, strict=True)
+        spots = np.concatenate([block for block, count in zip(blocks, counts, strict=True)
+                                for _ in range(count)])
+        p_drawn, t_drawn = prediction[spots][:, genes], truth[spots][:, genes]
+        r = [slow_pearson(p, t) for p, t in zip(p_drawn.T, t_drawn.T, strict=True)
              if len(set(p)) > 1 and len(set(t)) > 1]
         means.append(np.mean(r) if r else NAN)
     return np.nanpercentile(means, [2.5, 97.5])
@@ -514,7 +548,7 @@ def test_bootstrap_equals_resampling_spots_block_by_block(genes):
     truth[:, 3] = 0.7
     truth[5, 3] = 1.9  # constant in every draw without the block of spot 5
     fast = bootstrap(prediction, truth, xy, genes, draws=40, seed=3)
-    np.testing.assert_allclose(fast, slow_bootstrap(prediction, truth, xy, genes, 40, 3), rtol=0, atol=1e-9)
+    assert_allclose(fast, slow_bootstrap(prediction, truth, xy, genes, 40, 3), rtol=0, atol=1e-9)
     assert fast == bootstrap(prediction, truth, xy, genes, draws=40, seed=3)
 
 
@@ -536,7 +570,8 @@ def test_a_prediction_that_is_constant_has_no_interval():
     assert np.isnan(bootstrap(flat, truth, xy, slice(None))).all()
 
 
-@pytest.mark.parametrize("kind", [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.csr_array])
+@pytest.mark.parametrize("kind", [
+    scipy.sparse.csr_matrix, scipy.sparse.csc_matrix, scipy.sparse.csr_array])
 def test_halves_add_up_to_the_counts_and_leave_them_alone(kind):
     rng = np.random.default_rng(0)
     dense = rng.poisson(rng.gamma(0.5, 6, 40), (300, 40)).astype(np.float32)
@@ -560,13 +595,15 @@ def test_the_ceiling_is_what_the_noise_free_field_reaches():
     rng = np.random.default_rng(5)
     field = np.exp(rng.normal(0, 0.5, (6000, 12))) * np.geomspace(1, 30, 12)  # molecules expected
     counts = rng.poisson(field)
-    ceiling = ceiling_per_gene(*(half.toarray() for half in halves(scipy.sparse.csr_matrix(counts))))
+    parts = [half.toarray() for half in halves(scipy.sparse.csr_matrix(counts))]
+    ceiling = ceiling_per_gene(*parts)
     reached = gene_by_gene(slow_pearson, field, counts)
-    np.testing.assert_allclose(ceiling, reached, rtol=0, atol=0.04)
+    assert_allclose(ceiling, reached, rtol=0, atol=0.04)
     assert ceiling[0] < 0.6
     assert ceiling[-1] > 0.95
-    logged = ceiling_per_gene(*(np.log1p(half.toarray()) for half in halves(scipy.sparse.csr_matrix(counts))))
-    np.testing.assert_allclose(logged, gene_by_gene(slow_pearson, np.log1p(field), np.log1p(counts)), rtol=0, atol=0.06)
+    logged = ceiling_per_gene(*map(np.log1p, parts))
+    reached = gene_by_gene(slow_pearson, np.log1p(field), np.log1p(counts))
+    assert_allclose(logged, reached, rtol=0, atol=0.06)
 
 
 @pytest.mark.parametrize(("half", "other", "expected"), [
@@ -576,4 +613,4 @@ def test_the_ceiling_is_what_the_noise_free_field_reaches():
     ((1, 2, 3), (0, 0, 0), NAN),
 ])
 def test_the_ceiling_of_three_spots_is_that_of_spearman_and_brown(half, other, expected):
-    np.testing.assert_allclose(ceiling_per_gene(column(*half), column(*other)), [expected], atol=1e-7)
+    assert_allclose(ceiling_per_gene(column(*half), column(*other)), [expected], atol=1e-7)

@@ -238,6 +238,6 @@ def test_what_makes_no_sense_with_it_is_refused(small_encoder, dataset, tmp_path
 
 def test_a_panel_file_with_a_model_of_main_is_refused(dataset, tmp_path):
     untrained(tmp_path / "best.pt", "published")
-    says = r"--panel_file: .*best\.pt knows its genes"
+    says = r"--panel_file: .*best\.pt contains its genes"
     with pytest.raises(InputError, match=says):
         run_infer(tmp_path, "--checkpoint", tmp_path / "best.pt", "--panel_file", "x.csv")

@@ -3,8 +3,8 @@
     import heclip
     prediction = heclip.predict_slide(("MOB", "heg"), "slide.svs")
 
-`infer.py --image` is this, followed by a file and figures. Nothing here writes a file, but
-`write_spatialdata`.
+`infer.py --image` does this, and then writes a file and figures. Here only `write_spatialdata`
+writes a file.
 """
 
 import hashlib
@@ -37,28 +37,35 @@ from .settings import predicting
 from .slide import THUMBNAIL, SpotPatches, microns_per_pixel, open_slide, shrunk
 from .spots import array_of, lattice, pitch as spot_pitch
 
-VISIUM_UM = 100  # distance of neighbouring spots, where the reference's lie on no lattice
-FINGERPRINT = 1 << 20  # bytes at either end of a slide's file that tell it from another
+VISIUM_UM = 100  # distance of neighbouring spots, if it cannot be found from the reference
+FINGERPRINT = 1 << 20  # bytes at either end of a slide's file that distinguish it from others
 
 
 def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=None, name=None,
                   batch_size=128, device="auto", compile=False, save_path=None, **how):
     """Predict a slide's expression from its image alone.
 
-    model: (dataset, "heg" or "hvg", with "_paper" where it applies), or the path of a checkpoint
-    that main.py wrote. The dataset's processed files must be there: the prediction is drawn from
-    its reference spots. image: a whole slide, or a TIFF, JPEG or PNG. mpp: µm per full-resolution
-    pixel, if the file does not say. pitch: distance of neighbouring spots in µm; default: the
-    reference's. positions: instead of a lattice on the tissue, a position file that
-    sources.read_positions knows, or such a table. recipe, and retrieval, k, centre, views,
-    smoothing: as in infer.py; default: those of the model's recipe. name: of the slide in
-    uns["spatial"]. save_path: as main.py's, where the model is given by its dataset.
+    model: (dataset, "heg" or "hvg", or one of these with "_paper"), or the path of a checkpoint
+    that main.py wrote. The dataset's processed files must be there, because the prediction is drawn
+    from its reference spots.
+    image: a whole slide, or a TIFF, JPEG or PNG.
+    mpp: µm per full-resolution pixel, if the file does not say.
+    pitch: distance of neighbouring spots in µm; default: the reference's.
+    positions: spots to use instead of a lattice on the tissue: a position file that
+    sources.read_positions can read, or a table as it returns.
+    recipe, and retrieval, k, centre, views, smoothing: as in infer.py; default: those of the
+    model's recipe.
+    name: of the slide in uns["spatial"]. save_path: that of main.py, if the model is given by its
+    dataset. batch_size: patches at a time. device, compile: as in infer.py.
 
-    Returns AnnData, spots x panel: X predicted log-normalised expression, float32; var symbol,
-    marker; obs in_tissue, array_row, array_col (of a lattice) and, but for a regression, similarity
-    and spread (see prediction.Predicted.certainty); obsm["spatial"] = (x, y) in full-resolution
-    pixels; uns["spatial"] as in a processed section; uns["heclip"], JSON of the model and how it
-    predicted. Warns where slide and reference differ in scale. Raises InputError.
+    Returns AnnData, spots x panel.
+    X: predicted log-normalised expression, float32. var: symbol, marker.
+    obs: in_tissue, array_row, array_col (of a lattice), and similarity and spread (see
+    prediction.Predicted.certainty) unless the model is a regression.
+    obsm["spatial"]: (x, y) in full-resolution pixels. uns["spatial"]: as in a processed section.
+    uns["heclip"]: JSON of the model and how it predicted.
+    Warns if slide and reference differ in scale. Raises InputError if a file is missing or does not
+    fit the model.
     """
     run = Run(*model, save_path) if isinstance(model, tuple | list) else None
     trained = load_checkpoint(run.checkpoint if run else model)
@@ -75,9 +82,9 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=
 def predict(adata, image, model, mpp=None, **options):
     """Predict at the spots of an AnnData with obsm["spatial"] = (x, y) in full-resolution pixels.
 
-    Otherwise as `predict_slide`. Where neither the file nor `mpp` gives the µm per pixel,
-    uns["spatial"] does if it was written here. Returns another AnnData: its obs are those of
-    `adata`, with similarity and spread.
+    Otherwise it works as `predict_slide`. If neither the file nor `mpp` gives the µm per pixel,
+    they are read from uns["spatial"], if it was written here. Returns a new AnnData: its obs are
+    those of `adata`, with similarity and spread.
     """
     if "spatial" not in adata.obsm:
         raise InputError(f'adata has no obsm["spatial"]: x and y of each spot in pixels of {image}')
@@ -104,16 +111,16 @@ def predict(adata, image, model, mpp=None, **options):
 
 def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=None, name=None,
                  batch_size=128, device="auto", compile=False):
-    """What `predict_slide` does, with a model at hand: a Trained, and how it predicts: a
-    Predicting.
+    """What `predict_slide` does, with a model that has been loaded: a Trained.
 
-    run: where embeddings of the reference's images may be kept; None: they are made.
+    how: a Predicting. run: the Run whose saved embeddings of the reference's images may be read;
+    None: they are computed.
     """
     if trained.reference is None:
         raise InputError(f"{trained.path} is a published checkpoint, which does not say what it "
-                         "was trained on: a slide without expression needs a model of main.py")
+                         "was trained on. A slide without expression needs a model of main.py")
     if pitch is not None and not pitch > 0:
-        raise InputError(f"--pitch {pitch}: expected the spots' distance in µm")
+        raise InputError(f"--pitch {pitch}: expected the distance of neighbouring spots in µm")
     processed = Processed(trained.settings.dataset)
     trained.check(processed, None)
     warn_of_widths(trained, processed)
@@ -121,12 +128,7 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
     with open_slide(image) as slide:
         mpp = microns_per_pixel(slide, mpp)
         crop = trained.patch_um / mpp
-        if crop < trained.patch_px / 2:
-            warnings.warn(
-                f"{image} has {mpp:.3g} µm a pixel, coarser than the reference: {crop:.0f} pixels "
-                f"are enlarged to {trained.patch_px}, without the detail that the model learnt "
-                "from",
-                stacklevel=3)
+        warn_of_resolution(image, mpp, crop, trained.patch_px)
         thumbnail, scale = tissue.thumbnail(slide, mpp)
         if positions is None:
             spots = spots_on_tissue(slide, thumbnail, scale, mpp, pitch or own.pitch_um,
@@ -146,24 +148,33 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
             trained.network, patches, order, batch_size, how.views).cpu()
 
     predicted = predict_from(embeddings, xy, reference, how, trained.is_regression)
-    name = name or Path(image).stem
-    shrink = -(-max(thumbnail.shape) // THUMBNAIL)
-    library = {
-        "images": {"hires": shrunk(thumbnail, shrink)},
-        "scalefactors": {"tissue_hires_scalef": scale / shrink,
-                         "spot_diameter_fullres": own.spot_um / mpp},
-        "metadata": {"mpp": mpp, "source_image_path": Path(image).name}}
+    library = slide_library(thumbnail, scale, mpp, own.spot_um, Path(image).name)
     about = {"query": slide_identity(image), "reference": list(trained.reference),
              "how": asdict(how), "unit": "log-normalised expression", "model": trained.facts()}
     return anndata.AnnData(
         predicted.expression, var=trained.panel.genes[["symbol", "marker"]],
         obs=spots.drop(columns=["x", "y"]).assign(**predicted.certainty(reference)),
-        obsm={"spatial": xy}, uns={"spatial": {name: library}, "heclip": json.dumps(about)})
+        obsm={"spatial": xy},
+        uns={"spatial": {name or Path(image).stem: library}, "heclip": json.dumps(about)})
+
+
+def slide_library(thumbnail, scale, mpp, spot_um, file_name):
+    """The entry of a slide in uns["spatial"]: picture, scale factors, µm per pixel.
+
+    scale: thumbnail pixels per full-resolution pixel. spot_um: diameter of a spot in µm.
+    """
+    shrink = -(-max(thumbnail.shape) // THUMBNAIL)
+    return {"images": {"hires": shrunk(thumbnail, shrink)},
+            "scalefactors": {"tissue_hires_scalef": scale / shrink,
+                             "spot_diameter_fullres": spot_um / mpp},
+            "metadata": {"mpp": mpp, "source_image_path": file_name}}
 
 
 def slide_identity(image):
-    """A name that tells a slide's file from another of the same name: by its size and both its
-    ends."""
+    """A name that distinguishes a slide's file from others of the same name, by size and contents.
+
+    Of the contents, only both ends are read.
+    """
     size = Path(image).stat().st_size
     with open(image, "rb") as file:
         ends = file.read(FINGERPRINT)
@@ -178,7 +189,7 @@ def slide_identity(image):
 
 @dataclass(frozen=True)
 class Lattice:
-    """Mean distance of neighbouring spots, and mean diameter of a spot, of some sections. In µm."""
+    """Mean distance of neighbouring spots, and mean diameter of a spot, in µm."""
 
     pitch_um: float
     spot_um: float
@@ -191,14 +202,14 @@ def read_lattice(processed, sections):
         adata = processed.spots(section)
         (library,) = adata.uns["spatial"].values()
         mpp = library["metadata"]["mpp"]
-        with suppress(ValueError):  # of a single spot, say
+        with suppress(ValueError):  # a single spot has no pitch
             pitch_um.append(spot_pitch(adata.obsm["spatial"], array_of(adata.obs)) * mpp)
         spot_um.append(library["scalefactors"]["spot_diameter_fullres"] * mpp)
     return Lattice(float(np.mean(pitch_um or [VISIUM_UM])), float(np.mean(spot_um)))
 
 
 def warn_of_widths(trained, processed):
-    """Warn if the patches of the reference sections differ in width: a slide's can be only one."""
+    """Warn if the patches of the reference sections differ in width; a slide has only one."""
     table = processed.sections().loc[list(trained.reference)]
     width = table["crop_px"] * table["mpp"]
     if width.max() > (1 + SAME_WIDTH) * width.min():
@@ -207,11 +218,20 @@ def warn_of_widths(trained, processed):
                       f"{trained.patch_um:.0f} µm are cropped", stacklevel=4)
 
 
+def warn_of_resolution(image, mpp, crop, patch_px):
+    """Warn if a slide's patches, of `crop` pixels, are much enlarged to patch_px."""
+    if crop < patch_px / 2:
+        warnings.warn(
+            f"{image} has {mpp:.3g} µm per pixel, coarser than the reference: {crop:.0f} pixels "
+            f"are enlarged to {patch_px}, without the detail that the model learnt from",
+            stacklevel=4)
+
+
 def read_reference(trained, processed, run, how, device, batch_size):
     """The Reference that a slide is predicted from, with the kinds of embeddings that `how` needs.
 
-    Image embeddings are those that infer.py saved in ebd/, if this model made them of these patches
-    and as many views; else they are made.
+    Image embeddings are read from ebd/ if infer.py saved them there with this model, from these
+    patches and with as many views. Otherwise they are computed.
     """
     sections = list(trained.reference)
     expression = {section: processed.expression(section, trained.panel) for section in sections}
@@ -227,9 +247,9 @@ def read_reference(trained, processed, run, how, device, batch_size):
 
 
 def image_embeddings(trained, processed, run, section, views, device, batch_size):
-    """A reference section's image embeddings, saved or made: (n_spots, D)."""
+    """A reference section's image embeddings, read or computed: (n_spots, D)."""
     if run is not None:
-        with suppress(InputError):  # absent, damaged or of something else: nothing is lost but time
+        with suppress(InputError):  # absent, damaged or of another model: only time is lost
             return fresh_embeddings(run, processed, section, views, trained.digest)["image"]
     return embed_section(trained, processed, section, views, device, batch_size)
 
@@ -238,8 +258,10 @@ def image_embeddings(trained, processed, run, section, views, device, batch_size
 
 
 def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
-    """The spots of a lattice that lie on tissue. scale: thumbnail pixels per full-resolution
-    pixel."""
+    """The spots of a lattice that lie on tissue: a table of x, y, array_row, array_col, in_tissue.
+
+    scale: thumbnail pixels per full-resolution pixel. Raises InputError if there is no tissue.
+    """
     found = tissue.find_tissue(thumbnail, mpp / scale)
     spots = lattice(slide.width, slide.height, pitch_um / mpp)
     share = tissue.share_on_tissue(spots, found, scale, spot_um / mpp)
@@ -251,8 +273,10 @@ def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
 
 
 def given_spots(positions):
-    """The spots under tissue of a position file, or of a table as sources.read_positions makes
-    it."""
+    """The spots under tissue of a position file, or of a table as sources.read_positions returns.
+
+    Raises InputError if there are none.
+    """
     is_table = isinstance(positions, pd.DataFrame)
     spots = positions if is_table else sources.read_positions(positions)
     spots = spots[spots["in_tissue"]]
@@ -266,9 +290,10 @@ def given_spots(positions):
 
 
 def to_spatialdata(prediction):
-    """A prediction as SpatialData: picture, spots as circles, table. Needs the spatialdata package.
+    """A prediction as SpatialData: picture, spots as circles, table.
 
-    Coordinates are full-resolution pixels ("global").
+    Coordinates are full-resolution pixels ("global"). Raises InputError if the package spatialdata
+    is not installed.
     """
     try:
         from spatialdata import SpatialData
@@ -296,7 +321,10 @@ def to_spatialdata(prediction):
 
 
 def write_spatialdata(prediction, folder):
-    """Write `to_spatialdata(prediction)` as the Zarr store `folder`, whole or not at all."""
+    """Write `to_spatialdata(prediction)` as the Zarr store `folder`, whole or not at all.
+
+    Raises InputError if the folder exists.
+    """
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists. Name another folder with --spatialdata, or remove it")

@@ -330,7 +330,10 @@ def changes(earlier, trained, free=()):
 
 
 def check_replaceable(run, trained):
-    """Raise InputError if training would replace a model other than an earlier one of the same kind."""
+    """Raise InputError if training would replace a model that it does not make again.
+
+    trained: the model that training makes.
+    """
     for path in (run.checkpoint, run.last):
         if not path.exists():
             continue

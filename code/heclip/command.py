@@ -1,4 +1,4 @@
-"""What the scripts' command lines share: kinds of arguments, the device, how an error is shown."""
+"""What the scripts' command lines share: types of arguments, the device, how errors are shown."""
 
 import argparse
 import errno
@@ -13,8 +13,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main):
-    """Call `main()` as a script: a user's mistake ends in one line and exit code 1, without
-    traceback."""
+    """Call `main()` as a script. A user's mistake ends in one line and exit code 1.
+
+    It shows no traceback.
+    """
     # An exit unwinds, so that half-written files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -24,10 +26,10 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        # HDF5 wraps the system's error into a text of its own and drops the number.
+        # HDF5 puts the system's error into its own text and drops the number.
         text = str(error)
         if error.errno in DISK_FULL or "No space left" in text or "File too large" in text:
-            sys.exit(f"error: the disk is full ({text}). Nothing half-written was left: free some "
+            sys.exit(f"error: the disk is full ({text}). No half-written file is left. Free some "
                      "space and run again")
         if error.errno is not None and error.filename is not None:
             sys.exit(f"error: {error.filename}: {error.strerror}")
@@ -77,8 +79,9 @@ def fraction(text):
 def pick_device(name):
     """The torch device of that name; `auto` is a CUDA GPU if there is one, else the CPU.
 
-    Apple's MPS is used only when it is asked for: asynchronous copies and batch norm in the
-    channels-last layout are silently wrong there (pytorch #139550, #175189).
+    Apple's MPS is used only when it is asked for, because asynchronous copies and batch norm in the
+    channels-last layout are silently wrong there (pytorch #139550, #175189). Raises InputError if
+    the device is not usable.
     """
     import torch
 
@@ -95,7 +98,7 @@ def pick_device(name):
 
 
 def autocast(device):
-    """bfloat16 on GPUs that have it, where it halves the time; float32 elsewhere."""
+    """A context of bfloat16 on GPUs that have it, where it halves the time; else of float32."""
     import torch
 
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import filelock
 
-LEFTOVER_DAYS = 7  # after these, a temporary file of another machine is taken for abandoned
-# What a network file system answers to a lock or an fsync that it does not have. 524 is Linux's
-# own ENOTSUPP, which it should not show, but does.
+LEFTOVER_DAYS = 7  # after these, a temporary file of another machine counts as abandoned
+# Errors of a network file system that does not support locks or fsync. 524 is Linux's internal
+# ENOTSUPP, which it should not show but does.
 NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, 524}
 
 
 class InputError(Exception):
-    """A fault in what the user gave.
+    """An error in what the user gave.
 
-    The text names the file, what is wrong with it and how to fix it. It is shown without a
+    The text names the file, says what is wrong with it and how to fix it. It is shown without a
     traceback.
     """
 
@@ -44,9 +44,9 @@ def atomic_path(path):
     """Yield a temporary path next to `path`; make it `path` if the block succeeds, else remove it.
 
     The block writes a file there, or makes a folder. Its contents are on the disk before it gets
-    its name, so that not even a power cut leaves half of it. A file replaces what was there; a
-    folder does not. Parent folders are made. Each call has a temporary path of its own, so any
-    number of processes may write the same file: the last to finish wins.
+    its name, so that not even a power cut leaves half of it. A file replaces an existing file; a
+    folder does not replace one. Parent folders are made. Each call has a temporary path of its own,
+    so any number of processes may write the same file. The last to finish wins.
 
     Raises OSError if the disk is full, InputError if a folder is in the way.
     """
@@ -65,8 +65,8 @@ def atomic_path(path):
 def temporary_path(path):
     """A path next to `path` that no other call gets: `.<name>.<machine>-<process>-<random>.part`.
 
-    Nothing is made there but the parent folder. Removes what processes that were killed left
-    under such names of the same `path`.
+    It makes only the parent folder. It removes temporary files of the same `path` that killed
+    processes left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,10 +77,10 @@ def temporary_path(path):
 
 @cache
 def machine():
-    """Eight characters for this machine, within which a process number means one process.
+    """Eight characters that stand for this machine, on which a process number means one process.
 
-    Containers may share a machine's name without seeing each other's processes. The system's
-    number for the set of visible processes keeps them apart.
+    Containers may share a machine's name without seeing each other's processes. The system's number
+    for the set of visible processes distinguishes them.
     """
     try:
         visible = os.readlink("/proc/self/ns/pid")
@@ -92,14 +92,14 @@ def machine():
 def remove_leftovers(path):
     """Remove the temporary files of `path` whose writer no longer runs.
 
-    On this machine the process number tells. A file of another machine goes when nothing was
+    On this machine the process number shows it. A file of another machine is removed if nothing was
     written to it for LEFTOVER_DAYS.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{8}}\.part")
     for other in path.parent.iterdir():
         if not (found := name.fullmatch(other.name)):
             continue
-        with suppress(OSError):  # another process removed it first, or may and this one may not
+        with suppress(OSError):  # another process removed it first, or it is another user's
             if found[1] == machine():
                 abandoned = not runs(int(found[2]))
             else:
@@ -109,8 +109,8 @@ def remove_leftovers(path):
 
 
 def runs(process):
-    """Whether a process of this machine runs. Where the system cannot say, it is taken to run."""
-    if os.name != "posix":  # Windows would end the process that is asked for
+    """Whether a process of this machine runs. If the system cannot say, the answer is True."""
+    if os.name != "posix":  # os.kill would end the process on Windows
         return True
     try:
         os.kill(process, 0)  # sends nothing
@@ -130,6 +130,7 @@ def remove(path):
 
 
 def rename(temporary, path):
+    """Give a temporary file or folder its name. Raises InputError if a folder is in the way."""
     try:
         os.replace(temporary, path)
     except OSError as error:
@@ -139,7 +140,7 @@ def rename(temporary, path):
 
 
 def flush(path):
-    """Have the system write a file, or a folder with all that is in it, to the disk.
+    """Write a file, or a folder with everything in it, from the system's memory to the disk.
 
     Raises OSError with the path if the disk is full or fails.
     """
@@ -152,13 +153,14 @@ def flush(path):
 
 
 def flush_names(folder):
-    """Have the system write to the disk which files a folder holds, where the system can do so."""
+    """Write the list of a folder's files to the disk, if the system can."""
     if os.name == "posix":
-        with suppress(PermissionError):  # a folder that one may write to, but not read
+        with suppress(PermissionError):  # a folder may be writable, but not readable
             sync(folder, os.O_RDONLY)
 
 
 def sync(path, flags):
+    """Call fsync on a path opened with `flags`. Raises OSError with the path."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -177,20 +179,20 @@ def sync(path, flags):
 def locked(path):
     """Let one process at a time into the block that makes `path`. The others wait and say so.
 
-    Use it where two processes would do the same work, or change the same file in place. Whoever
-    has waited must look again at what is there: it may be made by now. Do not nest it for one path.
+    Use it if two processes would do the same work, or change the same file in place. A process that
+    has waited must look again, because the file may exist by then. Do not nest it for one path.
 
-    The lock is on the file `.<name>.lock` next to `path`. The file may stay; without a process
-    that holds it, it means nothing, even if its process was killed. A file system that has no
-    locks gets `.<name>.soft.lock`, whose existence is the lock. After a crash, the next process
-    on the same machine removes it. If it is another machine's, remove it by hand.
+    The lock is on the file `.<name>.lock` next to `path`. The file may stay. Without a process that
+    holds it, it means nothing, even if that process was killed. A file system without locks gets
+    `.<name>.soft.lock`, whose existence is the lock. After a crash, the next process on the same
+    machine removes it. If it belongs to another machine, remove it by hand.
 
     Raises OSError if the lock file cannot be made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Everyone may lock the file, which stays empty: a folder may be shared between users.
-    # filelock has a fallback of its own. Before 4.1 it let two processes in.
+    # Everyone may lock the file, which stays empty, because a folder may be shared between users.
+    # filelock has a fallback of its own, which before 4.1 admits two processes at once.
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), mode=0o666,
                              fallback_to_soft=False)
     try:
@@ -207,7 +209,7 @@ def locked(path):
 
 
 def acquire(lock, path):
-    """Get a lock, and say so if that takes time."""
+    """Get a lock. Print a line if another process holds it."""
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -237,7 +239,7 @@ def write_h5ad(adata, path):
 def check_room(file, size):
     """Raise OSError if the disk has no room for `size` bytes in an empty, open file.
 
-    HDF5 may crash the process where a write fails, so that is better known before.
+    It is checked first because HDF5 may crash the process if a write fails.
     """
     if not hasattr(os, "posix_fallocate"):  # macOS, Windows
         return
@@ -250,14 +252,14 @@ def check_room(file, size):
 
 
 def array_bytes(values):
-    """Bytes of the arrays in a nested dict."""
+    """Total bytes of the arrays in a nested dict."""
     if isinstance(values, Mapping):
         return sum(map(array_bytes, values.values()))
     return getattr(values, "nbytes", 0)
 
 
 class FileForHDF5(io.FileIO):
-    """A file whose writes never fail, for a library that crashes the process when one does.
+    """A file whose writes never fail, for a library that crashes the process if a write does.
 
     See `error` afterwards.
     """
@@ -265,6 +267,7 @@ class FileForHDF5(io.FileIO):
     error = None  # the first; nothing is written after it
 
     def write(self, block):
+        """Write what fits, and return the length of the whole block."""
         rest = memoryview(block)
         try:
             while not self.error and len(rest):
@@ -274,6 +277,7 @@ class FileForHDF5(io.FileIO):
         return len(block)
 
     def truncate(self, size):
+        """Set the size of the file, and return it."""
         try:
             return super().truncate(size)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The gene panel: the genes that a model predicts, and which sections chose them, and how."""
+"""The gene panel: the genes that a model predicts, and how these were chosen."""
 
 import json
 from dataclasses import dataclass, replace

@@ -1,8 +1,9 @@
 """The one way to predict: for sections, slides, evaluation and validation.
 
-`read_reference` and `embed_section` make embeddings with a model. `predict` takes matrices and
-needs no model. Symbols: n patches of the query, N reference spots, G genes, D embedding width, K
-neighbours.
+`embed_section` and `embed_expression` make embeddings with a model. `predict` takes matrices and
+needs no model.
+
+Symbols: n patches of the query, N reference spots, G genes, D embedding width, K neighbours.
 """
 
 import json
@@ -26,8 +27,8 @@ KINDS = {"gene": ("gene",), "image": ("image",), "both": ("gene", "image")}
 class Reference:
     """The spots that predictions are drawn from, section after section.
 
-    sizes: spots of each of the sections. expression: float32 (N, G). embeddings: "gene" or "image"
-    -> (N, D), the kinds that are needed.
+    sizes: number of spots of each section. expression: float32 (N, G). embeddings: "gene" or
+    "image" -> (N, D), the kinds that are needed.
     """
 
     sections: list
@@ -36,7 +37,7 @@ class Reference:
     embeddings: dict
 
     def by_section(self, kind):
-        """The embeddings of one kind, a list of (N_s, D)."""
+        """The embeddings of one kind, section by section: a list of (N_s, D)."""
         return torch.as_tensor(self.embeddings[kind]).split(self.sizes)
 
 
@@ -44,8 +45,9 @@ class Reference:
 class Predicted:
     """Predicted log-normalised expression, float32 (n, G), and what it was retrieved from.
 
-    index: rows of the reference, (n, K), and similarity: their cosine similarities; None for a
-    regression, which retrieves nothing. alone: with both retrievals, the prediction of each.
+    index: rows of the reference, (n, K), or (n, 2 K) with both retrievals. similarity: their cosine
+    similarities, of the same shape. Both are None for a regression, which retrieves nothing. alone:
+    with both retrievals, the Predicted of each, "gene" or "image" -> Predicted.
     """
 
     expression: np.ndarray
@@ -56,8 +58,8 @@ class Predicted:
     def certainty(self, reference):
         """Columns of obs that say how far to trust each spot, (n,) each; none for a regression.
 
-        similarity: the mean cosine similarity of the retrieved spots. spread: how much these
-        differ, their standard deviation, mean over genes.
+        similarity: the mean cosine similarity of the retrieved spots. spread: how much the
+        retrieved spots differ, as their standard deviation, mean over genes.
         """
         if self.index is None:
             return {}
@@ -69,8 +71,7 @@ def predict(image, xy, reference, how, regression=False):
     """Predict each patch's expression: the mean of its K nearest reference spots, smoothed.
 
     image: image embeddings (n, D). xy: spot centres (n, 2), in any unit. how: see `Predicting`.
-    regression: the embeddings are the predicted expression themselves, (n, G); no reference is
-    used.
+    regression: the embeddings are the predicted expression, (n, G), and no reference is used.
     """
     if regression:
         return Predicted(smooth(np.asarray(image), xy, how.smoothing))
@@ -97,8 +98,8 @@ def predict(image, xy, reference, how, regression=False):
 def embed_section(trained, processed, section, views, device, batch_size):
     """Image embeddings of a section's patches: float32 (n_spots, D). Nothing is random.
 
-    The features of a frozen encoder are read where they are kept, and kept where all views are
-    wanted.
+    Saved features of a frozen encoder are read. If there are none, they are computed and saved, but
+    only if all 8 views are wanted.
     """
     network, patches = trained.network, None
     if trained.frozen and views == 8:
@@ -135,20 +136,24 @@ def embed_sections(trained, processed, expression, views, device, batch_size):
 
 
 def reference_of(sections, expression, embeddings):
-    """The Reference of some sections, from each one's expression and its embeddings by kind."""
+    """The Reference of some sections.
+
+    expression: section -> (n_spots, G). embeddings: section -> kind -> (n_spots, D).
+    """
     kinds = embeddings[sections[0]]
+    stacked = {}
+    for kind in kinds:
+        stacked[kind] = np.concatenate([embeddings[section][kind] for section in sections])
     return Reference(
         list(sections), [len(expression[section]) for section in sections],
-        np.concatenate([expression[section] for section in sections]),
-        {kind: np.concatenate([embeddings[section][kind] for section in sections])
-         for kind in kinds})
+        np.concatenate([expression[section] for section in sections]), stacked)
 
 
 # ------------------------------------------------------------------------------- embeddings on disk
 
 
 def save_embeddings(run, trained, processed, embeddings, reference, views):
-    """Write each section's embeddings with what they were made by: model, views, sections.
+    """Write each section's embeddings with the facts of their making: model, views, sections.
 
     embeddings: section -> {"image", "gene"}, (n_spots, D) each. reference: the sections to retrieve
     from.
@@ -162,7 +167,10 @@ def save_embeddings(run, trained, processed, embeddings, reference, views):
 
 
 def load_embeddings(path):
-    """What `save_embeddings` wrote for a section: (embeddings by kind, barcodes, about)."""
+    """The contents that `save_embeddings` wrote: (embeddings by kind, barcodes, about).
+
+    Raises InputError if the file is missing, damaged or of an older version.
+    """
     if not path.exists():
         raise InputError(f"{path} is missing. Make it by running infer.py without --from_ebd")
     try:
@@ -177,7 +185,7 @@ def load_embeddings(path):
 def fresh_embeddings(run, processed, section, views, model_digest):
     """A section's saved embeddings by kind. Raises InputError if they are not those asked for.
 
-    model_digest: of the model that must have made them.
+    model_digest: that of the model that must have made them.
     """
     path = run.embeddings(section)
     embeddings, barcodes, about = load_embeddings(path)
@@ -198,8 +206,8 @@ def fresh_embeddings(run, processed, section, views, model_digest):
 def read_embeddings(run, processed, query, views):
     """Saved embeddings of a query section and of its reference.
 
-    The model need not be there. If it is there, it must be the one that made them.
-    views: that must have been averaged; None: as many as were.
+    The model need not be there. If it is there, it must be the one that made them. views: the
+    number that must have been averaged; None: any.
     Returns (Trained without network, reference sections, section -> embeddings by kind, views).
     """
     path = run.embeddings(query)

@@ -1,8 +1,8 @@
 """Every setting of training and prediction: its meaning, its default, and the recipes.
 
 Each field of `Training` is a flag of main.py. Each field of `Predicting` is a flag of infer.py. A
-recipe is one instance of each: `heclip` is ours, `published` is HECLIP as released, for both of its
-types, and `clip`, `bleep` and `regression` are methods to compare with. LAB.md has the experiments
+recipe is one instance of each. `heclip` is ours. `published` is HECLIP as released, for both of its
+types. `clip`, `bleep` and `regression` are methods to compare with. LAB.md has the experiments
 behind the numbers. This module imports nothing heavy, so that a wrong flag is answered at once.
 """
 
@@ -15,12 +15,12 @@ from .files import InputError
 
 HELP = argparse.ArgumentDefaultsHelpFormatter
 SWITCH = argparse.BooleanOptionalAction
-# Fields of Training that do not change what is learned.
+# Fields of Training that do not change the model.
 WHERE_IT_RUNS = ("device", "compile", "resume", "overwrite", "save_path")
 
 
 def flag(default, help, **options):
-    """A field that is a flag too; options: further arguments of argparse's add_argument."""
+    """A field that is also a flag. options: further arguments of argparse's add_argument."""
     return field(default=default, metadata={"help": help, **options})
 
 
@@ -31,7 +31,7 @@ class Training:
     Raises InputError for values that contradict each other.
     """
 
-    # What it learns from.
+    # The data.
     dataset: str = flag("GSE240429", "a dataset that a preprocess script has prepared")
     type: str = flag(
         "heg",
@@ -45,16 +45,16 @@ class Training:
         "reference, and choose the panel", nargs="+", metavar="SECTION")
     protocol: str = flag(
         "strict", "strict: the query section chooses and corrects nothing; paper: panel and "
-                  "Harmony over all sections, as published (preprocess with it "
-                  "too)", choices=["strict", "paper"])
+        "Harmony over all sections, as published (preprocess with it too)",
+        choices=["strict", "paper"])
 
-    # The recipe. The gains are Pearson over all genes of MOB2 and MOB4, each predicted from the
+    # The recipe. Gains are in mean Pearson over all genes of MOB2 and MOB4, each predicted from the
     # other.
     recipe: str = flag(
         "heclip", "sets the loss and the flags from --temperature to --wd",
         choices=["heclip", "published", "clip", "bleep", "regression"])
-    loss: str = "image_centric"  # of the recipe, and no flag: temperature and rates belong to it
-    # 4 instead of 1: .342 to .350. The soft targets are no longer almost one-hot.
+    loss: str = "image_centric"  # no flag, because temperature and rates of a recipe belong to it
+    # 4 instead of 1: .342 to .350. At 1 the soft targets are almost one-hot.
     temperature: float = flag(4.0, "of the loss", type=command.above_zero)
     # A linear layer predicts expression itself. Weight 10: .350 to .363; weight 30: .004 more.
     expression_loss: float = flag(
@@ -81,13 +81,12 @@ class Training:
         None, "learning rate of the encoder; default: that of the heads", type=command.not_negative)
     wd: float = flag(1e-3, "weight decay of AdamW", type=command.not_negative)
 
-    # How long.
+    # Length and split.
     max_epochs: int = flag(15, "passes over the training spots", type=command.positive)
     batch_size: int = flag(128, "patches per step, over all processes", type=command.positive)
     val_fraction: float = flag(
-        0.2, "share of the reference spots kept for validation; 0: train on all, keep the last "
-             "epoch",
-        type=command.fraction)
+        0.2, "share of the reference spots held out for validation; 0: train on all, save the "
+        "last epoch", type=command.fraction)
     seed: int = flag(42, "same seed, same result", type=command.seed)
 
     # The encoder.
@@ -103,13 +102,13 @@ class Training:
         True, "start from ImageNet weights; --no-pretrained: from scratch", action=SWITCH)
     freeze: bool = flag(
         False, "leave the encoder as pretrained and train the heads on its features, which are "
-        "computed once and kept in GSE/<dataset>/processed/features; sets other defaults, see "
+        "computed once and saved in GSE/<dataset>/processed/features; changes other defaults, see "
         "heclip/settings.py", action="store_true")
     image_size: int | None = flag(
         None, "side of the encoder's input; default: the patch's own",
         type=command.positive, metavar="PX")
 
-    # Where and how it runs. These do not change what is learned.
+    # Where and how it runs. These do not change the model.
     device: str = flag("auto", command.DEVICE_HELP)
     compile: bool | None = flag(
         None, "compile the encoder: a minute at first, then faster; default: on CUDA GPUs",
@@ -125,7 +124,7 @@ class Training:
         if self.freeze and self.colour_jitter:
             raise InputError(
                 f"--colour_jitter {self.colour_jitter} with --freeze: features are computed once, "
-                "of the colours as they are. Leave one of them out")
+                "from the colours as they are. Leave one of them out")
         if self.freeze and not self.pretrained:
             raise InputError("--freeze with --no-pretrained: nothing would ever train the encoder. "
                              "Leave one of them out")
@@ -135,7 +134,7 @@ class Training:
 
     @property
     def panel_type(self):
-        """Which genes are predicted: "heg" or "hvg"."""
+        """The type of the genes that are predicted: "heg" or "hvg"."""
         return self.panel or self.type
 
     @property
@@ -144,7 +143,10 @@ class Training:
         return self.lr if self.encoder_lr is None else self.encoder_lr
 
     def differences(self, earlier, also_free=()):
-        """In words, the settings that change what is learned and differ from those of `earlier`."""
+        """The settings that change the model and differ from those of `earlier`, a list of texts.
+
+        also_free: further settings that may differ.
+        """
         free = {*WHERE_IT_RUNS, *also_free}
         return [f"--{name} was {getattr(earlier, name)}, is {value}"
                 for name, value in vars(self).items()
@@ -153,19 +155,19 @@ class Training:
 
 @dataclass(frozen=True)
 class Predicting:
-    """How a model predicts. The defaults are the recipe `heclip`. Gains: as in `Training`."""
+    """How a model predicts. The defaults are the recipe `heclip`. Gains are as in `Training`."""
 
     # One kind at 8 views: .366; both: .367, and +.01 on the genes that are expressed or vary most.
     retrieval: str = flag(
-        "both", "what the query's patches are compared with: the expression of the reference spots "
-        "(gene), their images (image), or both. With both, each is scored alone too",
+        "both", "the query's patches are compared with the expression of the reference spots "
+        "(gene), with their images (image), or with both. With both, each is scored alone too",
         choices=["gene", "image", "both"])
     k: int = flag(50, "reference spots averaged for each query spot; with both, K of each",
                   type=command.positive)
     # .389 to .396.
     centre: bool = flag(
-        True, "compare embeddings less the mean of their section, which its stain and batch move",
-        action=SWITCH)
+        True, "subtract the mean of their section, which stain and batch move, from embeddings "
+        "before they are compared", action=SWITCH)
     # 1 to 8: .350 to .366.
     views: int = flag(8, "symmetries of each patch whose embeddings are averaged",
                       type=int, choices=[1, 2, 4, 8])
@@ -200,11 +202,11 @@ PREDICTING = {
     "published": AS_PUBLISHED,
     "clip": replace(AS_PUBLISHED, retrieval="gene"),
     "bleep": replace(AS_PUBLISHED, retrieval="gene"),
-    "regression": AS_PUBLISHED,  # its views and smoothing; nothing is retrieved
+    "regression": AS_PUBLISHED,  # only views and smoothing are used; nothing is retrieved
 }
 
-# What --freeze changes in every recipe. Epochs take a moment each, colours cannot vary, and a
-# second loss would have no encoder to teach.
+# The changes of --freeze to every recipe. Epochs are short, colours cannot vary, and a second loss
+# would have no encoder to teach.
 FROZEN = {"colour_jitter": 0.0, "mixup": 0.0, "expression_loss": 0.0, "max_epochs": 40}
 
 
@@ -219,7 +221,7 @@ def recipe_settings(name, freeze=False):
 def add_flags(parser, defaults, names=None):
     """Add a flag for each field of `defaults`, settings whose values are shown as the defaults.
 
-    names: of the fields; None: all that are flags.
+    names: names of the fields; None: all that are flags.
     """
     for item in fields(defaults):
         if item.metadata and (names is None or item.name in names):
@@ -228,7 +230,10 @@ def add_flags(parser, defaults, names=None):
 
 
 def parse_training(argv=None):
-    """The command line of main.py as Training. A flag overrides its recipe wherever it stands."""
+    """The command line of main.py as Training. A flag overrides its recipe at any position.
+
+    Raises InputError for settings that contradict each other.
+    """
     parser = argparse.ArgumentParser(
         description="Train HECLIP on the reference sections of a dataset.", formatter_class=HELP,
         allow_abbrev=False)
@@ -246,13 +251,13 @@ def parse_training(argv=None):
 
 
 def add_predicting_flags(parser):
-    """Add the flags of `Predicting`, each None if it is not given: then the recipe decides."""
+    """Add the flags of `Predicting`. Each is None if it is not given, and the recipe decides."""
     for item in fields(Predicting):
         parser.add_argument(f"--{item.name}", **item.metadata)
 
 
 def predicting(recipe, given):
-    """The Predicting of a recipe, with the values of the dict `given` that are not None instead."""
+    """The Predicting of a recipe, changed by the values of the dict `given` that are not None."""
     names = {item.name for item in fields(Predicting)}
     chosen = {name: value for name, value in given.items() if name in names and value is not None}
     return replace(PREDICTING[recipe], **chosen)

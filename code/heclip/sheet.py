@@ -315,16 +315,16 @@ def stated_pitch(positions):
     metadata = positions.parent.parent / "metadata" / f"{positions.stem}.json"
     if not metadata.exists():
         return None, None
-    facts = read_json(metadata)
+    row = read_json(metadata)
     with sources.opened_h5ad(positions) as file:
         lattice = {"array_row", "array_col"} <= set(file["obs"])
-    pitch_um, mpp = (number(str(facts.get(key) or ""), f"{key} of {metadata}")
+    pitch_um, mpp = (number(str(row.get(key) or ""), f"{key} of {metadata}")
                      for key in ("inter_spot_dist", "pixel_size_um_estimated"))
     return (pitch_um, None) if lattice and pitch_um else (None, mpp)
 
 
 def read_json(path):
-    """Read the facts in a JSON file: dict. Raises InputError if it is damaged."""
+    """Read the row in a JSON file: dict. Raises InputError if it is damaged."""
     try:
         with sources.open_text(path) as file:
             return dict(json.load(file))
@@ -459,8 +459,8 @@ def check(sections, cut, problems):
     """
     rows, genes, notes = [], {}, []
     for section in sections:
-        facts, ids = inspect(section, cut, problems, notes)
-        rows.append(facts)
+        row, ids = inspect(section, cut, problems, notes)
+        rows.append(row)
         if ids is not None:
             genes[section.name] = ids
     table = pd.DataFrame(rows).set_index("section")
@@ -490,18 +490,18 @@ def inspect(section, cut, problems, notes):
     problems, notes: lists that are added to. The ids are None if the counts cannot be read.
     """
     name = section.name
-    facts = {"section": name, "donor": section.donor, "role": section.role, "spots": np.nan,
+    row = {"section": name, "donor": section.donor, "role": section.role, "spots": np.nan,
              "genes": np.nan, "median counts": np.nan, "mpp": np.nan, "patch µm": np.nan,
              "image": "", "positions": "", "inside": ""}
     counts = spots = adata = stored = None
     if section.counts:
         with collecting(problems, name):
             counts = sources.read_counts(section.counts)
-            facts["genes"] = counts.n_vars
+            row["genes"] = counts.n_vars
     if section.positions:
         with collecting(problems, name):
             spots = preprocess.read_spots(section, section.positions)
-            facts["positions"] = spots.attrs["kind"]
+            row["positions"] = spots.attrs["kind"]
     if counts is not None and spots is not None:
         with collecting(problems, name):
             adata = sources.join(counts, spots, section.counts, section.positions)
@@ -514,31 +514,31 @@ def inspect(section, cut, problems, notes):
         with collecting(problems, name):
             stored = slide.StoredPatches(section.image)
             with_patch = stored.of(adata)
-            facts["image"] = f"patches of {stored.side} px"
-            facts["inside"] = f"{with_patch.n_obs} of {adata.n_obs}"
+            row["image"] = f"patches of {stored.side} px"
+            row["inside"] = f"{with_patch.n_obs} of {adata.n_obs}"
             adata = with_patch
     elif section.image:
         with collecting(problems, name), slide.open_slide(section.image) as opened:
-            facts["image"] = f"{opened.width} x {opened.height}"
+            row["image"] = f"{opened.width} x {opened.height}"
             if spots is not None:
                 xy = spots.loc[spots["in_tissue"], ["x", "y"]].to_numpy()
-                facts["inside"] = f"{len(xy) - slide.outside(opened, xy).sum()} of {len(xy)}"
+                row["inside"] = f"{len(xy) - slide.outside(opened, xy).sum()} of {len(xy)}"
                 check_spots_inside(section, opened, xy)
     if adata is not None:
         with collecting(problems, name):
             total = np.asarray(adata.X.sum(axis=1)).ravel()
-            facts["spots"] = (total >= cut.min_counts).sum()
-            facts["median counts"] = round(np.median(total))
+            row["spots"] = (total >= cut.min_counts).sum()
+            row["median counts"] = round(np.median(total))
             check_fullest(section, total.max(), max(1, cut.min_counts))
         with collecting(problems, name):
-            mpp = facts["mpp"] = preprocess.section_mpp(section, adata, section.positions)
+            mpp = row["mpp"] = preprocess.section_mpp(section, adata, section.positions)
             crop_px = preprocess.crop_size(cut, mpp, stored, adata)
-            facts["patch µm"] = crop_px * mpp
+            row["patch µm"] = crop_px * mpp
             notes += contradiction(section, adata, mpp)
     ids = None
     if counts is not None:
         ids = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
-    return facts, ids
+    return row, ids
 
 
 def check_fullest(section, most, least):

@@ -1,10 +1,10 @@
-"""Where spots lie: their pitch, Visium's lattice, the neighbours of a spot, smoothing over them.
+"""Positions of spots: their pitch, Visium's lattice, the neighbours of a spot, smoothing over them.
 
 The pitch is the distance between the centres of neighbouring spots. `pitch` is its only definition.
-Positions are xy, (n, 2): x and y of each spot's centre in full-resolution pixels.
-Array coordinates are (n, 2): array_row and array_col.
-Neighbours and smoothing use the pitch of xy alone. So they are the same whether or not a position
-file has array columns.
+Positions are xy, (n, 2): x and y of each spot's centre in full-resolution pixels. Array coordinates
+are (n, 2): array_row and array_col.
+Neighbours and smoothing use the pitch of xy alone, so they are the same with and without array
+columns in the position file.
 """
 
 import math
@@ -16,9 +16,9 @@ from scipy.spatial import cKDTree
 
 
 def array_of(table):
-    """array_row and array_col of a spot table: float (n, 2), or None if they say nothing.
+    """array_row and array_col of a spot table: float (n, 2), or None if they hold no information.
 
-    They say nothing if a column is absent, if a value is missing, or if all spots have the same
+    They hold none if a column is absent, if a value is missing, or if all spots have the same
     place, such as the -1 that stands for "unknown".
     """
     if not {"array_row", "array_col"} <= set(table.columns):
@@ -57,20 +57,20 @@ def pitch(xy, array=None):
 
 
 def fitted_pitch(xy, array):
-    """The pitch of the lattice, fitted by least squares, or None if the array is of no use.
+    """The pitch of the lattice, fitted by least squares, or None if the array cannot be used.
 
     xy: (n, 2); array: (n, 2). On a staggered array neighbours lie two steps along a row or column,
-    or one step along both. On any other they lie one step along a row or column. The result is the
-    mean over the directions in which they are nearest. Directions count as equal within 10 %, so
-    that a slightly stretched lattice keeps all its neighbours.
+    or one step along both. On any other array they lie one step along a row or column. The result
+    is the mean over the directions in which they are nearest. Directions count as equal within
+    10 %, so that a slightly stretched lattice keeps all its neighbours.
 
-    The array is of no use
+    The array cannot be used
     - if a value is missing;
     - if the spots lie on a line of it, or at one place of it, as placeholders do;
-    - if the fitted lattice is flat: shorter one way than a tenth of the other;
+    - if the fitted lattice is flat, that is, if one side is below a tenth of the other;
     - if the spots lie more than half a pitch from their places in the lattice (root mean square).
-      Then the array belongs to other spots, or the table holds several sections. Real sections are
-      within 0.05 pitches.
+    Then the array belongs to other spots, or the table holds several sections. Real sections are
+    within 0.05 pitches.
     """
     array = np.asarray(array, float)
     if not np.isfinite(array).all():
@@ -97,12 +97,13 @@ def fitted_pitch(xy, array):
 def measured_pitch(xy):
     """The pitch as the mean distance between neighbours. xy: (n, 2).
 
-    Neighbours are at most 1.2 times as far apart as nearest spots are in the median. The factor
+    A neighbour is at most 1.2 times as far away as the nearest spot is in the median. The factor
     lies between jitter (a few per cent) and the diagonal of a square lattice (1.41).
     The median itself would be too short, because the nearest of six is the one that rounding or
-    jitter moved closest: by up to 0.7 % on Visium, by 1.8 % on Spatial Transcriptomics arrays.
-    Spots at the same place count once. If most spots lack their neighbours, the result is too long:
-    the distance of the nearest spots that are there.
+    jitter moved closest. It is short by up to 0.7 % on Visium, and by 1.8 % on Spatial
+    Transcriptomics arrays.
+    Spots at the same place count once. If most spots lack their neighbours, the result is too long,
+    because it is the distance of the nearest spots that are there.
     Raises ValueError if all spots lie at one place.
     """
     places = np.unique(xy, axis=0)
@@ -114,7 +115,7 @@ def measured_pitch(xy):
     return float(distances[distances <= 1.2 * np.median(distances[:, 0])].mean())
 
 
-# ----------------------------------------------------------------------- what is made from a pitch
+# ------------------------------------------------------------ lattice, neighbours and smoothing
 
 
 def lattice(width, height, pitch):
@@ -136,10 +137,10 @@ def lattice(width, height, pitch):
 def neighbours(xy):
     """Spots and their neighbours on the lattice: sparse (n, n), 1 or 0, symmetric. xy: (n, 2).
 
-    Neighbours lie within 1.5 pitches: 6 on Visium, where the next distance is 1.73, and 8 on a
-    square lattice, where the diagonal is 1.41 and the next distance 2. The array of legacy Spatial
-    Transcriptomics is slightly oblong: its 8 neighbours are at 1, 1.34 and 1.49. A single spot has
-    none.
+    Neighbours lie within 1.5 pitches. On Visium these are 6, and the next distance is 1.73. On a
+    square lattice they are 8, with the diagonal at 1.41 and the next distance 2. The array of
+    legacy Spatial Transcriptomics is slightly oblong; its 8 neighbours are at 1, 1.34 and 1.49. A
+    single spot has none.
     Raises ValueError as `pitch` does.
     """
     n = len(xy)
@@ -150,13 +151,13 @@ def neighbours(xy):
 
 
 def smooth(values, xy, width):
-    """Gaussian average over neighbouring spots. Returns float32 (n, G).
+    """Gaussian average over neighbouring spots: float32 (n, G).
 
     values: (n, G); xy: (n, 2); width: standard deviation in pitches. With a width of 0, or a single
-    spot, the values are returned unchanged. The Gaussian is cut at 4 widths, where it is 0.0003 of
-    its height. The 0.001 more is for spots exactly there, such as the second ring at width 0.5:
-    floating-point error does not decide about them. Rounding to whole pixels still does, and their
-    weight together is 0.1 %.
+    spot, the values are returned unchanged.
+    The Gaussian is cut at 4 widths, where it is 0.0003 of its height. The cut is at 4.001 so that
+    floating-point error does not decide about spots that are exactly there, such as the second ring
+    at width 0.5. Rounding to whole pixels still does, and their weight together is 0.1 %.
     Raises ValueError as `pitch` does.
     """
     if width == 0 or len(values) < 2:
