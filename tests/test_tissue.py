@@ -17,8 +17,10 @@ def a_section(height=300, width=420, um=8, colour=(200, 120, 170), grain=25, see
     """Glass with an ellipse of textured tissue: (picture, where the tissue is)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
-    tissue = ((y - 0.45 * height) / (0.25 * height)) ** 2 + ((x - 0.6 * width) / (0.2 * width)) ** 2 < 1
-    picture = np.where(tissue[..., None], np.array(colour) + rng.integers(-grain, grain, (height, width, 1)), 242)
+    down, across = (y - 0.45 * height) / (0.25 * height), (x - 0.6 * width) / (0.2 * width)
+    tissue = down**2 + across**2 < 1
+    picture = np.where(tissue[..., None],
+                       np.array(colour) + rng.integers(-grain, grain, (height, width, 1)), 242)
     return np.clip(picture + rng.integers(-2, 3, picture.shape), 0, 255).astype(np.uint8), tissue
 
 
@@ -26,7 +28,8 @@ def overlap(found, true):
     return (found & true).sum() / (found | true).sum()
 
 
-@pytest.mark.parametrize("colour", [(200, 120, 170), (90, 70, 140), (215, 190, 215), (150, 150, 150)],
+@pytest.mark.parametrize("colour",
+                         [(200, 120, 170), (90, 70, 140), (215, 190, 215), (150, 150, 150)],
                          ids=["eosin", "haematoxylin", "pale", "grey"])
 def test_tissue_is_found_where_it_was_painted(colour):
     picture, painted = a_section(colour=colour)
@@ -35,7 +38,8 @@ def test_tissue_is_found_where_it_was_painted(colour):
 
 def test_a_slide_that_is_nearly_all_tissue_and_one_that_is_nearly_none():
     rng = np.random.default_rng(0)
-    most = np.clip(rng.normal(150, 25, (300, 300, 1)) + np.array([30, -30, 10]), 0, 255).astype(np.uint8)
+    most = np.clip(rng.normal(150, 25, (300, 300, 1)) + np.array([30, -30, 10]), 0,
+                   255).astype(np.uint8)
     most[:, :20] = 245
     most[:, 160:] -= 60  # two stains: the histogram's deepest gap lies between them
     assert find_tissue(most, 8)[:, 30:].mean() > 0.98
@@ -72,8 +76,10 @@ def test_small_holes_are_filled_and_large_ones_are_not():
 @pytest.mark.parametrize("picture", [
     np.full((200, 300, 3), 240, np.uint8), np.zeros((200, 300, 3), np.uint8),
     np.random.default_rng(0).integers(235, 250, (200, 300, 3)).astype(np.uint8),
-    np.repeat(np.linspace(225, 245, 300).astype(np.uint8)[None, :, None], 200, axis=0).repeat(3, axis=2),
-    (np.random.default_rng(0).integers(225, 245, (200, 300, 3)) + np.linspace(0, 10, 300)[:, None]).astype(np.uint8)],
+    np.repeat(np.linspace(225, 245, 300).astype(np.uint8)[None, :, None], 200, axis=0).repeat(3,
+                                                                                              axis=2),
+    (np.random.default_rng(0).integers(225, 245, (200, 300, 3)) + np.linspace(0, 10, 300)[:,
+                                                                                          None]).astype(np.uint8)],
     ids=["glass", "black", "noise", "uneven light", "both"])
 def test_glass_has_no_tissue(picture):
     assert not find_tissue(picture, 8).any()
@@ -88,20 +94,24 @@ def test_otsu_is_the_threshold_of_least_variance_within_the_classes():
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
-@pytest.mark.parametrize(("mpp", "limit", "shrink"), [(1, 4096, 8), (4, 105, 8), (4, 4096, 2), (16, 4096, 1)])
-def test_the_thumbnail_is_the_slide_made_smaller_from_its_nearest_level(tmp_path, mpp, limit, shrink, levels):
+@pytest.mark.parametrize(("mpp", "limit", "shrink"),
+                         [(1, 4096, 8), (4, 105, 8), (4, 4096, 2), (16, 4096, 1)])
+def test_the_thumbnail_is_the_slide_made_smaller_from_its_nearest_level(tmp_path, mpp, limit,
+                                                                        shrink, levels):
     image = a_slide(840, 600)
     path = write_pyramid(tmp_path / "slide.tif", image, levels)
     with open_slide(path) as opened:
         asked = []
         for level in opened.levels:
-            level.read = lambda *box, level=level, read=level.read: asked.append(level.downsample) or read(*box)
+            level.read = (lambda *box, level=level, read=level.read:
+                          asked.append(level.downsample) or read(*box))
         thumbnail, scale = tissue.thumbnail(opened, mpp, limit)
     expected = shrunk(image, shrink)
     assert scale == 1 / shrink
     assert abs(np.array(thumbnail.shape) - expected.shape).max() <= 1
     height, width = np.minimum(thumbnail.shape[:2], expected.shape[:2])
-    np.testing.assert_allclose(thumbnail[:height, :width], expected[:height, :width].astype(int), atol=3)
+    np.testing.assert_allclose(thumbnail[:height, :width], expected[:height, :width].astype(int),
+                               atol=3)
     assert set(asked) == {max(d for d in (1, 2, 4, 8)[:levels] if d <= shrink)}
 
 
