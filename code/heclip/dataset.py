@@ -249,7 +249,7 @@ class Processed:
         try:
             with h5py.File(path) as file:
                 yield file
-        except InputError:
+        except (InputError, MemoryError):
             raise
         except Exception as error:  # HDF5 raises many kinds of errors
             raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
@@ -293,7 +293,11 @@ class Processed:
         """What the model is trained on and scored against: float32 (n_spots, G), in panel order."""
         if panel.protocol == "paper":
             path = self.need(self.corrected_path(section, panel.kind), "paper")
-            return np.load(path)
+            corrected = np.load(path)
+            if corrected.shape[1] != len(panel):
+                raise InputError(f"{path} holds {corrected.shape[1]} genes, and its panel "
+                                 f"{len(panel)}. Run {self.command} again")
+            return corrected
         with self.opened(section) as file:
             return read_columns(file, panel.ids)
 

@@ -491,8 +491,8 @@ def inspect(section, cut, problems, notes):
     """
     name = section.name
     row = {"section": name, "donor": section.donor, "role": section.role, "spots": np.nan,
-             "genes": np.nan, "median counts": np.nan, "mpp": np.nan, "patch µm": np.nan,
-             "image": "", "positions": "", "inside": ""}
+           "genes": np.nan, "median counts": np.nan, "mpp": np.nan, "patch µm": np.nan,
+           "image": "", "positions": "", "inside": ""}
     counts = spots = adata = stored = None
     if section.counts:
         with collecting(problems, name):
@@ -510,20 +510,9 @@ def inspect(section, cut, problems, notes):
                 notes.append(f"{name}: {section.counts.name} lacks {absent:,} of the "
                              f"{n_in_tissue:,} spots under tissue in {section.positions.name}; "
                              "they are left out")
-    if section.image and section.image.suffix == ".h5" and adata is not None:
+    if section.image:
         with collecting(problems, name):
-            stored = slide.StoredPatches(section.image)
-            with_patch = stored.of(adata)
-            row["image"] = f"patches of {stored.side} px"
-            row["inside"] = f"{with_patch.n_obs} of {adata.n_obs}"
-            adata = with_patch
-    elif section.image:
-        with collecting(problems, name), slide.open_slide(section.image) as opened:
-            row["image"] = f"{opened.width} x {opened.height}"
-            if spots is not None:
-                xy = spots.loc[spots["in_tissue"], ["x", "y"]].to_numpy()
-                row["inside"] = f"{len(xy) - slide.outside(opened, xy).sum()} of {len(xy)}"
-                check_spots_inside(section, opened, xy)
+            adata, stored = inspect_image(section, spots, adata, row)
     if adata is not None:
         with collecting(problems, name):
             total = np.asarray(adata.X.sum(axis=1)).ravel()
@@ -539,6 +528,29 @@ def inspect(section, cut, problems, notes):
     if counts is not None:
         ids = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
     return row, ids
+
+
+def inspect_image(section, spots, adata, row):
+    """Fill a section's `row` with what its image is, and how many spots lie inside it.
+
+    spots, adata: the section's positions, and its spots with counts; None if they cannot be read.
+    Returns (adata, its spots that have a patch; StoredPatches, or None for an image).
+    """
+    if section.image.suffix == ".h5":
+        stored = slide.StoredPatches(section.image)
+        row["image"] = f"patches of {stored.side} px"
+        if adata is None:
+            return None, stored
+        with_patch = stored.of(adata)
+        row["inside"] = f"{with_patch.n_obs} of {adata.n_obs}"
+        return with_patch, stored
+    with slide.open_slide(section.image) as opened:
+        row["image"] = f"{opened.width} x {opened.height}"
+        if spots is not None:
+            xy = spots.loc[spots["in_tissue"], ["x", "y"]].to_numpy()
+            row["inside"] = f"{len(xy) - slide.outside(opened, xy).sum()} of {len(xy)}"
+            check_spots_inside(section, opened, xy)
+    return adata, None
 
 
 def check_fullest(section, most, least):
