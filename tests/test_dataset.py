@@ -230,3 +230,13 @@ def test_a_table_of_an_older_version_or_with_a_name_twice_is_refused(processed):
         processed.sections_path, index=False)
     with pytest.raises(InputError, match="was written by an older version"):
         processed.sections()
+
+
+def test_corrected_expression_of_another_panel_is_refused(processed):
+    write(processed)
+    corrected = np.arange(22, dtype=np.float32).reshape(11, 2)
+    np.save(processed.corrected_path("A", "heg"), corrected)
+    panel = panel_of("G1", "G5", protocol="paper")
+    np.testing.assert_array_equal(processed.expression("A", panel), corrected)
+    with pytest.raises(InputError, match=r"A\.heg_paper\.npy holds 2 genes, and its panel 3"):
+        processed.expression("A", panel_of("G1", "G5", "G3", protocol="paper"))

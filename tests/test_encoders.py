@@ -176,8 +176,10 @@ def test_a_size_that_the_encoder_cannot_take_is_an_error():
 # ------------------------------------------------------------------- outputs, and layers by name
 
 
-def test_tokens_become_the_class_token_next_to_the_mean_of_the_patches():
-    config = configure("test_vit", "heg", 5, 256, encoder_args={"global_pool": ""})
+@pytest.mark.parametrize("registers", [0, 3])
+def test_tokens_become_the_class_token_next_to_the_mean_of_the_patches(registers):
+    config = configure("test_vit", "heg", 5, 256,
+                       encoder_args={"global_pool": "", "reg_tokens": registers})
     model = HECLIP(config).eval()
     pixels = torch.randn(2, 3, 160, 160)
     tokens, prefix = model.image_encoder(pixels), model.image_encoder.num_prefix_tokens

@@ -13,6 +13,7 @@ from makers import TRAIN, prepare
 
 import main
 from heclip import model, parallel
+from heclip.checkpoint import load_checkpoint
 from heclip.dataset import Run
 from heclip.files import InputError, sha256
 
@@ -147,6 +148,16 @@ def test_resume_starts_when_there_is_nothing_yet_and_adds_epochs(small, tmp_path
     main.main([*flags, "--max_epochs", "2"])
     assert "resuming after epoch 1" in capsys.readouterr().out
     assert list(pd.read_csv(Run("parallel", "heg", tmp_path).losses)["epoch"]) == [1, 2]
+
+
+def test_a_resumed_run_keeps_the_best_model_where_later_epochs_are_worse(small, tmp_path,
+                                                                         monkeypatch):
+    flags = [*small, "--save_path", str(tmp_path), "--schedule", "constant", "--resume"]
+    run = Run("parallel", "heg", tmp_path)
+    for epochs, score, best in (("1", 0.5, 1), ("2", 0.4, 1), ("3", 0.6, 3)):
+        monkeypatch.setattr(main, "validate", lambda fit, score=score: (0.0, score))
+        main.main([*flags, "--max_epochs", epochs])
+        assert load_checkpoint(run.checkpoint).epoch == best
 
 
 def test_resume_refuses_another_run_and_a_damaged_file(small, tmp_path):

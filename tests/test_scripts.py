@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from makers import QUERY, REFERENCE, TRAIN, hashes, prepare, small_dataset, untrained
+from makers import QUERY, REFERENCE, TRAIN, hashes, network, prepare, small_dataset, untrained
 from test_prediction import slow_predict
 
 import infer
@@ -27,6 +28,8 @@ from heclip.checkpoint import load_checkpoint
 from heclip.dataset import Processed, Run
 from heclip.files import InputError
 from heclip.panel import choose_panel
+from heclip.parallel import Ranks
+from heclip.prediction import embed_sections
 from heclip.settings import PREDICTING, TRAINING, Predicting, Training, parse_training
 
 ALL = ["DEMO_A1", "DEMO_B1", "DEMO_C1", "DEMO_D1"]
@@ -206,6 +209,22 @@ def test_losses_and_checkpoint_say_which_epoch_was_the_best(trained):
     assert list(model.panel.ids) == list(processed.panel("heg").ids)
     assert (model.patch_px, round(model.patch_um)) == (32, 39)
     assert (model.settings.max_epochs, model.settings.recipe) == (2, "heclip")
+
+
+def test_a_section_validates_by_being_predicted_from_the_others(trained):
+    processed, run = Processed("small"), Run("small", "heg", trained)
+    model = load_checkpoint(run.checkpoint)
+    sizes = processed.sections().loc[REFERENCE, "n_spots"]
+    held_out = (sizes / sizes.sum() - model.settings.val_fraction).abs().idxmin()
+    expression = {name: processed.expression(name, model.panel) for name in REFERENCE}
+    embeddings = embed_sections(model, processed, expression, 8, torch.device("cpu"), 16)
+    sections = [embeddings[name] | {"expression": expression[name]}
+                for name in REFERENCE if name != held_out]
+    predicted, _, _ = slow_predict(embeddings[held_out]["image"], processed.xy(held_out), sections,
+                                   PREDICTING["heclip"])
+    r = [np.corrcoef(*pair)[0, 1] for pair in zip(predicted.T, expression[held_out].T, strict=True)]
+    assert np.nanmean(r) == pytest.approx(np.nanmean(model.validation), abs=0.002)
+    np.testing.assert_allclose(r, model.validation, atol=0.05)
 
 
 def test_training_never_opens_the_query_section(trained, tmp_path, monkeypatch):
@@ -682,3 +701,21 @@ def test_the_learning_rate_rises_for_a_twentieth_and_falls_along_half_a_cosine_t
         assert few[0] == 1  # one step at least at the full rate
         assert all(0 <= factor <= 1 for factor in few)
     assert {main.learning_rate_factor(step, 200, "constant") for step in (1, 7, 200)} == {1}
+
+
+def test_patches_and_their_expression_are_mixed_in_the_same_shares():
+    level = torch.arange(8.0) * 30
+    patches = level.to(torch.uint8).view(8, 1, 1, 1).expand(8, 32, 32, 3)
+    model, seen = network(n_genes=1), []
+
+    def spy(pixels, expression):
+        seen.append((127.5 * (1 + pixels.mean(dim=(1, 2, 3))), expression[:, 0]))  # from -1 to 1
+        return model(pixels, expression)
+
+    trained = SimpleNamespace(
+        network=model, settings=replace(Training(), colour_jitter=0.0, expression_loss=0.0))
+    fit = main.Fit(trained, spy, None, None, None, 8, Ranks(0, 1, torch.device("cpu")))
+    main.batch_loss(fit, patches, level[:, None], torch.Generator().manual_seed(0))
+    [(pixels, expression)] = seen
+    torch.testing.assert_close(pixels, expression, atol=1e-2, rtol=0)
+    assert not torch.allclose(expression, level)
