@@ -58,10 +58,10 @@ def clusters(n=(18, 12), width=60):
 
 def drawn(monkeypatch, adata, genes):
     """The figure of the maps before it is saved, and [(label, spots)] of its maps as drawn."""
-    kept = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
+    saved_figures = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: saved_figures.append(figure))
     expression_maps(adata, genes, "unused.pdf")
-    (figure,) = kept
+    (figure,) = saved_figures
     return figure, [(axes.get_title(), axes.collections[0]) for axes in figure.axes
                     if axes.get_title() in ("measured", "predicted")]
 
@@ -99,21 +99,21 @@ def test_the_same_input_gives_the_same_bytes(what, suffix, tmp_path):
 
 def test_a_umap_gives_the_same_bytes_twice_and_shows_every_point_in_its_groups_colour(
         tmp_path, monkeypatch):
-    kept, save = [], figures._save
+    saved_figures, save = [], figures._save
     monkeypatch.setattr(figures, "_save",
-                        lambda figure, path: (kept.append(figure), save(figure, path)))
+                        lambda figure, path: (saved_figures.append(figure), save(figure, path)))
     for name in ("first", "second"):
         umap_figure(clusters(), tmp_path / f"{name}.png", title="demo heg: image embeddings")
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
-    points = kept[0].axes[0].collections[0]
+    points = saved_figures[0].axes[0].collections[0]
     xy, colour = points.get_offsets().data, [tuple(rgba[:3]) for rgba in points.get_facecolors()]
     blue, orange = (matplotlib.colors.to_rgb(named) for named in figures.GROUP_COLOURS[:2])
     assert (colour.count(blue), colour.count(orange)) == (18, 12)
     distance = ((xy[:, None] - xy[None]) ** 2).sum(axis=2) + 1e9 * np.eye(30)
     # the two groups lie far apart
     assert [colour[nearest] for nearest in distance.argmin(axis=1)] == colour
-    labels = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    labels = [text.get_text() for text in saved_figures[0].legends[0].get_texts()]
     assert labels == ["query (n = 18)", "reference (n = 12)"]
 
 
@@ -169,11 +169,11 @@ def test_a_spots_circle_lies_on_its_place_in_the_slide_at_its_true_size(
 
 
 def test_every_spot_is_drawn_and_so_is_one_beyond_the_slide(monkeypatch):
-    kept = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
+    saved_figures = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: saved_figures.append(figure))
     xy = [*lattice(), (-80, 20), (640, 350)]
     spots_over_slide(section(xy), "S1", "unused.png")
-    bare, circled = kept[0].axes
+    bare, circled = saved_figures[0].axes
     assert not bare.collections
     offsets = circled.collections[0].get_offsets()
     np.testing.assert_allclose(offsets, np.array(xy) * 0.005)  # millimetres at 5 microns a pixel
@@ -268,11 +268,11 @@ def test_a_gene_outside_the_panel_is_a_key_error_that_names_it(tmp_path):
 
 def drawn_without_truth(monkeypatch, adata, genes):
     """The figure of the maps before it is saved, and the spots of its maps as drawn."""
-    kept = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
+    saved_figures = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: saved_figures.append(figure))
     predicted_maps(adata, genes, "unused.pdf")
-    maps = [axes for axes in kept[0].axes if axes.images and axes.collections]
-    return kept[0], [axes.collections[0] for axes in maps]
+    maps = [axes for axes in saved_figures[0].axes if axes.images and axes.collections]
+    return saved_figures[0], [axes.collections[0] for axes in maps]
 
 
 def test_every_gene_is_drawn_in_its_own_colours_where_the_slide_has_its_spots(monkeypatch):
@@ -313,10 +313,10 @@ def test_spots_too_small_for_their_colour_to_show_are_drawn_to_touch(monkeypatch
 
 def calibrated(monkeypatch, adata):
     """The axes of the calibration figure before it is saved; None if nothing is drawn."""
-    kept = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
+    saved_figures = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: saved_figures.append(figure))
     calibration_figure(adata, "unused.png", title="demo")
-    return kept[0].axes if kept else None
+    return saved_figures[0].axes if saved_figures else None
 
 
 def certain(adata, obs=(), var=()):

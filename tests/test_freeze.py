@@ -51,12 +51,12 @@ def processed(tmp_path, monkeypatch):
 
 
 def files(processed):
-    """The names of the kept files, without locks."""
+    """The names of the saved files, without locks."""
     return {path.name for path in (processed.folder / "features").rglob("*")
             if path.is_file() and path.suffix != ".lock"}
 
 
-# ------------------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------------------ saved features
 
 
 @pytest.mark.parametrize("pixels", ["standardised", "raw_bgr"])
@@ -429,7 +429,7 @@ def test_inference_is_the_same_with_the_cache_and_without(frozen, tmp_path, monk
     np.testing.assert_array_equal(again, made)
     assert again_scores == scores
     with monkeypatch.context() as patched:  # as though nothing of it had ever been frozen
-        for name in ("features_of", "kept"):
+        for name in ("features_of", "saved_features"):
             patched.setattr(prediction, name, lambda *_: None)
         by_pixels, _ = predict(frozen, tmp_path / "pixels")
     np.testing.assert_allclose(by_pixels, made, rtol=5e-3, atol=5e-3)
