@@ -101,11 +101,6 @@ def in_this_process(root, work, *arguments):
     return work(*arguments)
 
 
-def test_a_process_that_is_killed_is_an_error_of_its_job(tmp_path):
-    with pytest.raises(BrokenProcessPool):
-        benchmark.in_own_process(tmp_path, killed, SMALL)
-
-
 def test_after_a_failure_the_other_jobs_still_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "WAYS", {
         "scoring": (killed, wrong), "retrieval": (own_root, wrong), "encoding": (own_root, None)})
