@@ -137,7 +137,7 @@ main.main(sys.argv[1:])
 
 
 def test_killed_and_resumed_training_ends_in_the_same_model(small, project, tmp_path):
-    """Each command in a process of its own, as a user starts them: then even the last bits agree."""
+    """Each command in a process of its own, as users start them: even the last bits agree."""
     flags = [*small, "--max_epochs", "4", "--save_path", str(tmp_path / "run")]
     run = Run("parallel", "heg", tmp_path / "run")
     assert start(project, flags, UNDISTURBED).returncode == 0
