@@ -336,7 +336,7 @@ def facts_of(plan, fold, method):
     if method in FROZEN:
         facts |= {name: getattr(plan.shared, name) for name in ENCODER}
     if plan.shared.encoder_weights and method in (*TRAINED, *FROZEN):
-        facts["weights_sha256"] = file_digest(plan.shared.encoder_weights)
+        facts |= {"weights_sha256": file_digest(plan.shared.encoder_weights)}
     return facts
 
 

@@ -30,14 +30,14 @@ def preprocess(dataset, argv=None, generate=None):
                        help="folder of the raw files, as downloaded, or in the arrangement of "
                             "older versions")
     add_flags(flags, dataset.patch_px)
-    args = flags.parse_args(argv)
+    given = flags.parse_args(argv)
     # Imported here because it takes seconds, and a wrong flag should be answered at once.
     from .preprocess import prepare
 
     if generate:
-        generate(args.raw)
-    dataset = replace(dataset, patch_um=args.patch_um, patch_px=args.patch_px)
-    prepare(dataset, args.raw, args.protocol, args.workers, args.section)
+        generate(given.raw)
+    dataset = replace(dataset, patch_um=given.patch_um, patch_px=given.patch_px)
+    prepare(dataset, given.raw, given.protocol, given.workers, given.section)
 
 
 def add_flags(flags, patch_px):
