@@ -313,7 +313,8 @@ def check_replaceable(path, trained, query, overwrite):
         changed = [f"it was not written by infer.py, or is damaged ({first_line(error)})"]
     if changed:
         raise InputError(f"{path} holds another prediction: {'; '.join(changed)}. Keep both with "
-                         "--save_path DIR, or replace it with --overwrite")
+                         "--save_path DIR (a slide: with --name NAME), or replace it with "
+                         "--overwrite")
 
 
 # ------------------------------------------------------------------------- 2. and 3. predict, score
