@@ -73,13 +73,16 @@ def test_small_holes_are_filled_and_large_ones_are_not():
     assert not found[140:170, 250:280].any()
 
 
+LIGHT = np.linspace(225, 245, 300).astype(np.uint8)[None, :, None]  # from left to right
+GLOW = np.linspace(0, 10, 300)[:, None]
+
+
 @pytest.mark.parametrize("picture", [
-    np.full((200, 300, 3), 240, np.uint8), np.zeros((200, 300, 3), np.uint8),
+    np.full((200, 300, 3), 240, np.uint8),
+    np.zeros((200, 300, 3), np.uint8),
     np.random.default_rng(0).integers(235, 250, (200, 300, 3)).astype(np.uint8),
-    np.repeat(np.linspace(225, 245, 300).astype(np.uint8)[None, :, None], 200, axis=0).repeat(3,
-                                                                                              axis=2),
-    (np.random.default_rng(0).integers(225, 245, (200, 300, 3)) + np.linspace(0, 10, 300)[:,
-                                                                                          None]).astype(np.uint8)],
+    LIGHT.repeat(200, axis=0).repeat(3, axis=2),
+    (np.random.default_rng(0).integers(225, 245, (200, 300, 3)) + GLOW).astype(np.uint8)],
     ids=["glass", "black", "noise", "uneven light", "both"])
 def test_glass_has_no_tissue(picture):
     assert not find_tissue(picture, 8).any()
