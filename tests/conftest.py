@@ -15,6 +15,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Before heclip is imported, which reads it once.
 os.environ["HECLIP_ROOT"] = tempfile.mkdtemp(prefix="heclip-tests-")
 
+# Before pytest-cov begins to trace, under which these imports take twice as long.
+import scanpy  # noqa: F401
+import timm  # noqa: F401
+
 PROJECT = Path(__file__).resolve().parents[1]
 # Real data: HECLIP_SHARED, or the folder next to the checkout.
 SHARED = Path(os.environ.get("HECLIP_SHARED") or PROJECT.parent / "shared" / "data")

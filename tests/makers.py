@@ -5,8 +5,14 @@ DEMO_C1 is the query; 150 genes; patches of 32 px, 39 µm wide. Its raw files ar
 copied.
 """
 
+import multiprocessing
+import os
+import runpy
 import shutil
+import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -19,11 +25,14 @@ from heclip.files import sha256
 from heclip.model import HECLIP, configure
 from heclip.panel import Panel
 from heclip.script import preprocess
-from heclip.settings import recipe_settings
+from heclip.settings import PREDICTING, recipe_settings
 
 GRID, GENES = (14, 12), 150
 REFERENCE, QUERY = ["DEMO_A1", "DEMO_B1", "DEMO_D1"], "DEMO_C1"
 TRAIN = ["--encoder", "test_resnet", "--no-pretrained", "--batch_size", "16", "--device", "cpu"]
+
+# One view in validation: eight take eight times as long.
+main.PREDICTING = {recipe: replace(how, views=1) for recipe, how in PREDICTING.items()}
 
 
 def small_dataset(name):
@@ -86,3 +95,47 @@ def hashes(folder):
     """
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*"))
             if path.is_file() and path.suffix != ".lock"}
+
+
+class Copy:
+    """A copy of this process that runs `work(*arguments)`. It starts at once: all is imported.
+
+    After `wait`: returncode, stdout and stderr, as of a finished process of `subprocess`.
+    """
+
+    def __init__(self, work, *arguments, env=()):
+        self.out, self.err = (tempfile.TemporaryFile("w+") for _ in range(2))
+        self.process = multiprocessing.get_context("fork").Process(
+            target=self.run, args=(work, arguments, dict(env)))
+        self.process.start()
+
+    def run(self, work, arguments, env):
+        os.environ.update(env)
+        sys.stdout, sys.stderr = self.out, self.err  # which are pytest's here
+        for number, file in ((1, self.out), (2, self.err)):
+            os.dup2(file.fileno(), number)
+        work(*arguments)
+
+    def wait(self):
+        self.process.join(300)
+        self.returncode = self.process.exitcode
+        self.stdout, self.stderr = (read_all(file) for file in (self.out, self.err))
+        return self
+
+
+def read_all(file):
+    with file:
+        file.seek(0)
+        return file.read()
+
+
+def as_script(path, flags, cwd):
+    """Run a script as the main program, with flags as its command line."""
+    os.chdir(cwd)
+    sys.argv = [str(path), *map(str, flags)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def run_script(path, *flags, cwd="."):
+    """Run a script in a copy of this process, as a user would: a `Copy` that has ended."""
+    return Copy(as_script, Path(path).resolve(), flags, cwd).wait()

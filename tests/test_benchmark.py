@@ -62,22 +62,6 @@ def test_every_stage_is_measured_and_agrees_with_its_plain_way(capsys):
     assert (ROOT / "save" / "benchmark" / "heg_best.pt").exists()
 
 
-def test_the_command_prints_and_saves_a_table(project, tmp_path):
-    command = [sys.executable, project / "code" / "benchmark.py", *FLAGS, "--stages", "scoring"]
-    done = subprocess.run(command, text=True, capture_output=True,
-                          env=os.environ | {"HECLIP_ROOT": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    machine, *_ = (tmp_path / "save" / "benchmark.csv").read_text().splitlines()
-    assert "cores" in machine
-    assert machine.removeprefix("# ") in done.stdout
-    assert os.listdir(tmp_path) == ["save"]  # all else went to the temporary folder
-    table = pd.read_csv(tmp_path / "save" / "benchmark.csv", comment="#", index_col="stage")
-    assert list(table.index) == ["scoring"]
-    numbers = table.drop(columns=["unit", "faiss s", "faiss/ours"]).to_numpy(float)
-    assert np.isfinite(numbers).all()
-    assert table["share"].sum() == pytest.approx(1)
-
-
 def killed(sizes):
     os.abort()
 
@@ -101,6 +85,21 @@ def in_this_process(root, work, *arguments):
     return work(*arguments)
 
 
+def test_the_command_prints_and_saves_a_table(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "in_own_process", in_this_process)
+    benchmark.main([*FLAGS, "--stages", "scoring"])
+    machine, *_ = (tmp_path / "save" / "benchmark.csv").read_text().splitlines()
+    assert "cores" in machine
+    assert machine.removeprefix("# ") in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["save"]  # all else went to the temporary folder
+    table = pd.read_csv(tmp_path / "save" / "benchmark.csv", comment="#", index_col="stage")
+    assert list(table.index) == ["scoring"]
+    numbers = table.drop(columns=["unit", "faiss s", "faiss/ours"]).to_numpy(float)
+    assert np.isfinite(numbers).all()
+    assert table["share"].sum() == pytest.approx(1)
+
+
 def test_after_a_failure_the_other_jobs_still_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "WAYS", {
         "scoring": (killed, wrong), "retrieval": (own_root, wrong), "encoding": (own_root, None)})
@@ -119,12 +118,6 @@ def test_after_a_failure_the_other_jobs_still_run(monkeypatch, capsys, tmp_path)
     assert list(table.index) == ["retrieval"]
     assert table.loc["retrieval", "items/s"] == 6
     assert np.isnan(table.loc["retrieval", "plain s"])
-
-
-def test_a_job_has_a_root_of_its_own(tmp_path):
-    before = os.environ["HECLIP_ROOT"]
-    assert benchmark.in_own_process(tmp_path, own_root, SMALL).found == str(tmp_path)
-    assert os.environ["HECLIP_ROOT"] == before
 
 
 def test_of_several_rounds_the_fastest_counts_and_the_most_memory():
@@ -167,12 +160,15 @@ def work_of_40_mb():
     import torch
 
     torch.ones(30_000_000).sum()  # 120 MB, given back before the measurement
-    return benchmark.measure(lambda: np.ones(5_000_000).sum())[1]
+    return str(ROOT), benchmark.measure(lambda: np.ones(5_000_000).sum())[1]
 
 
-def test_peak_memory_is_that_of_the_work_alone(tmp_path):
+def test_a_job_has_a_root_of_its_own_and_its_peak_memory_is_that_of_the_work_alone(tmp_path):
     """In a process of its own: one that has done much else holds memory that it uses again."""
-    cost = benchmark.in_own_process(tmp_path, work_of_40_mb)
+    before = os.environ["HECLIP_ROOT"]
+    root, cost = benchmark.in_own_process(tmp_path, work_of_40_mb)
+    assert root == str(tmp_path)
+    assert os.environ["HECLIP_ROOT"] == before
     assert 30 < cost.mb < 80
     assert cost.seconds > 0
 

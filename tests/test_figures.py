@@ -99,22 +99,24 @@ def test_the_same_input_gives_the_same_bytes(what, suffix, tmp_path):
 
 def test_a_umap_gives_the_same_bytes_twice_and_shows_every_point_in_its_groups_colour(
         tmp_path, monkeypatch):
+    # umap is imported below: compiling it takes 20 seconds, running ten points uncompiled 2.
+    monkeypatch.setattr("numba.config.DISABLE_JIT", True)
     saved_figures, save = [], figures._save
     monkeypatch.setattr(figures, "_save",
                         lambda figure, path: (saved_figures.append(figure), save(figure, path)))
     for name in ("first", "second"):
-        umap_figure(clusters(), tmp_path / f"{name}.png", title="demo heg: image embeddings")
+        umap_figure(clusters((6, 4)), tmp_path / f"{name}.png", title="demo heg: image embeddings")
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
     points = saved_figures[0].axes[0].collections[0]
     xy, colour = points.get_offsets().data, [tuple(rgba[:3]) for rgba in points.get_facecolors()]
     blue, orange = (matplotlib.colors.to_rgb(named) for named in figures.GROUP_COLOURS[:2])
-    assert (colour.count(blue), colour.count(orange)) == (18, 12)
-    distance = ((xy[:, None] - xy[None]) ** 2).sum(axis=2) + 1e9 * np.eye(30)
+    assert (colour.count(blue), colour.count(orange)) == (6, 4)
+    distance = ((xy[:, None] - xy[None]) ** 2).sum(axis=2) + 1e9 * np.eye(10)
     # the two groups lie far apart
     assert [colour[nearest] for nearest in distance.argmin(axis=1)] == colour
     labels = [text.get_text() for text in saved_figures[0].legends[0].get_texts()]
-    assert labels == ["query (n = 18)", "reference (n = 12)"]
+    assert labels == ["query (n = 6)", "reference (n = 4)"]
 
 
 def test_too_few_points_for_a_umap_are_an_error_that_counts_them(tmp_path):

@@ -3,40 +3,33 @@
 import functools
 import os
 import signal
-import subprocess
-import sys
+import socket
 
 import pandas as pd
 import pytest
 import torch
-from makers import TRAIN, prepare
+from makers import TRAIN, Copy, prepare
 
 import main
-from heclip import model, parallel
+from heclip import parallel
 from heclip.checkpoint import load_checkpoint
 from heclip.dataset import Run
 from heclip.files import InputError
-
-# Without what differs between ranks by design: batch norm (test_vit has none) and dropout.
-STEPS = """
-import functools, sys
-import main, heclip.model
-main.configure = functools.partial(heclip.model.configure, dropout=0.0)
-main.VALIDATIONS = 1
-main.main(sys.argv[1:])
-"""
+from heclip.loss import image_centric_loss
+from heclip.model import HECLIP, configure
 
 
-def start(project, flags, code, wrapper=None):
-    """Run `code` with these flags: one process, or two by torchrun from the file `wrapper`."""
-    launch = [sys.executable, "-c", code]
-    if wrapper:
-        wrapper.write_text(code)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                  "--nproc_per_node", "2", str(wrapper)]
-    env = {**os.environ, "PYTHONPATH": str(project / "code"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *map(str, flags)], capture_output=True, text=True, timeout=300,
-                          env=env, check=False)
+def ranks(work, *arguments):
+    """Run work(*arguments) in two processes, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    started = [Copy(work, *arguments, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+               for rank in range(2)]
+    done = [copy.wait() for copy in started]
+    assert [copy.returncode for copy in done] == [0, 0], done[0].stderr + done[1].stderr
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -45,49 +38,41 @@ def small():
     return ["--dataset", "parallel", *TRAIN]
 
 
-GRADIENTS = """
-import torch
-from heclip import parallel
-from heclip.loss import image_centric_loss
-from heclip.model import HECLIP, configure
+def compare_gradients():
+    rank, world, device = parallel.start(torch.device("cpu"))
+    torch.manual_seed(0)
+    network = HECLIP(configure("test_vit", "heg", 7, 160, dropout=0.0))
+    pixels, expression = torch.randn(8, 3, 160, 160), torch.randn(8, 7)
+    loss = image_centric_loss(*network(pixels, expression)[:2])
+    alone = torch.autograd.grad(loss, network.parameters())
 
-rank, world, device = parallel.start(torch.device("cpu"))
-torch.manual_seed(0)
-network = HECLIP(configure("test_vit", "heg", 7, 160, dropout=0.0))
-pixels, expression = torch.randn(8, 3, 160, 160), torch.randn(8, 7)
-loss = image_centric_loss(*network(pixels, expression)[:2])
-alone = torch.autograd.grad(loss, network.parameters())
-
-model = parallel.distribute(network, device)
-image, gene, _ = model(pixels[rank::world], expression[rank::world])
-shared = image_centric_loss(parallel.gather(image), parallel.gather(gene))
-shared.backward()
-torch.testing.assert_close(shared, loss)
-for parameter, gradient in zip(network.parameters(), alone, strict=True):
-    torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
-everyone = parallel.gather_interleaved(torch.arange(5.)[rank::world, None])
-assert torch.equal(everyone, torch.arange(5.)[:, None])
-print(f"rank {rank} of {world}: equal")
-del model
-parallel.finish()
-"""
+    model = parallel.distribute(network, device)
+    image, gene, _ = model(pixels[rank::world], expression[rank::world])
+    shared = image_centric_loss(parallel.gather(image), parallel.gather(gene))
+    shared.backward()
+    torch.testing.assert_close(shared, loss)
+    for parameter, gradient in zip(network.parameters(), alone, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
+    everyone = parallel.gather_interleaved(torch.arange(5.)[rank::world, None])
+    assert torch.equal(everyone, torch.arange(5.)[:, None])
+    print(f"rank {rank} of {world}: equal")
+    del model
+    parallel.finish()
 
 
-def test_two_processes_have_the_loss_and_gradients_of_one(project, tmp_path):
-    done = start(project, [], GRADIENTS, tmp_path / "wrapper.py")
-    assert done.returncode == 0, done.stderr
-    assert "rank 0 of 2: equal" in done.stdout
-    assert "rank 1 of 2: equal" in done.stdout
+def test_two_processes_have_the_loss_and_gradients_of_one():
+    for rank, done in enumerate(ranks(compare_gradients)):
+        assert f"rank {rank} of 2: equal" in done.stdout
 
 
-def test_two_processes_train_as_one(small, project, tmp_path, monkeypatch):
-    flags = [*small, "--encoder", "test_vit", "--image_size", "160", "--max_epochs", "1"]
-    monkeypatch.setattr(main, "configure", functools.partial(model.configure, dropout=0.0))
-    monkeypatch.setattr(main, "VALIDATIONS", 1)
+def test_two_processes_train_as_one(small, tmp_path, monkeypatch):
+    """Without what differs between ranks by design: batch norm (test_vit has none) and dropout."""
+    flags = [*small, "--encoder", "test_vit", "--encoder_args", '{"img_size": 64}',
+             "--image_size", "64", "--max_epochs", "1"]
+    monkeypatch.setattr(main, "configure", functools.partial(configure, dropout=0.0))
     main.main([*flags, "--save_path", str(tmp_path / "1")])
-    done = start(project, [*flags, "--save_path", tmp_path / "2"], STEPS, tmp_path / "wrapper.py")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1:") == 1  # one writer
+    done = ranks(main.main, [*flags, "--save_path", str(tmp_path / "2")])
+    assert [copy.stdout.count("epoch 1:") for copy in done] == [1, 0]  # one writer
     one, two = (pd.read_csv(Run("parallel", "heg", tmp_path / n).losses) for n in "12")
     columns = ["train_loss", "validation_loss"]  # retrieval jumps where two spots are equally near
     pd.testing.assert_frame_equal(one[columns], two[columns], rtol=1e-3)
@@ -99,22 +84,16 @@ def test_a_batch_that_cannot_be_shared_is_refused(small, tmp_path, monkeypatch):
         main.main([*small, "--batch_size", "15", "--save_path", str(tmp_path)])
 
 
-# Killed outright at the first step of the third epoch.
-KILLED = """
-import os, signal, sys
-import main
+def killed_in_the_third_epoch(flags):
+    save = main.save_progress
 
-main.VALIDATIONS = 2  # each takes as long as several epochs
-save = main.save_progress
+    def save_and_arm(path, trained, optimiser, losses):
+        save(path, trained, optimiser, losses)
+        if len(losses) == 2:
+            main.random_turns = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
-def save_and_arm(path, trained, optimiser, losses):
-    save(path, trained, optimiser, losses)
-    if len(losses) == 2:
-        main.random_turns = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-
-main.save_progress = save_and_arm
-main.main(sys.argv[1:])
-"""
+    main.save_progress = save_and_arm
+    main.main(flags)
 
 
 def assert_same(one, two):
@@ -127,29 +106,20 @@ def assert_same(one, two):
         assert torch.equal(value, two["model"][name]), name
 
 
-UNDISTURBED = """
-import sys
-import main
-
-main.VALIDATIONS = 2
-main.main(sys.argv[1:])
-"""
-
-
-def test_killed_and_resumed_training_ends_in_the_same_model(small, project, tmp_path):
+def test_killed_and_resumed_training_ends_in_the_same_model(small, tmp_path, monkeypatch):
     """Each command in a process of its own, as users start them: even the last bits agree."""
     flags = [*small, "--max_epochs", "4", "--save_path", str(tmp_path / "run")]
     run = Run("parallel", "heg", tmp_path / "run")
-    assert start(project, flags, UNDISTURBED).returncode == 0
+    monkeypatch.setattr(main, "VALIDATIONS", 2)
+    assert Copy(main.main, flags).wait().returncode == 0
     losses = run.losses.read_text()
     undisturbed = {path: torch.load(path, weights_only=True)
                    for path in (run.checkpoint, run.last)}
     for path in (*undisturbed, run.losses):
         path.unlink()
-    killed = start(project, flags, KILLED)
-    assert killed.returncode == -signal.SIGKILL
+    assert Copy(killed_in_the_third_epoch, flags).wait().returncode == -signal.SIGKILL
     assert len(pd.read_csv(run.losses)) == 2
-    resumed = start(project, [*flags, "--resume"], UNDISTURBED)
+    resumed = Copy(main.main, [*flags, "--resume"]).wait()
     assert "resuming after epoch 2" in resumed.stdout, resumed.stderr
     assert run.losses.read_text() == losses
     for path, content in undisturbed.items():

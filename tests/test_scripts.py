@@ -16,7 +16,17 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from makers import QUERY, REFERENCE, TRAIN, hashes, network, prepare, small_dataset, untrained
+from makers import (
+    QUERY,
+    REFERENCE,
+    TRAIN,
+    hashes,
+    network,
+    prepare,
+    run_script,
+    small_dataset,
+    untrained,
+)
 from test_prediction import slow_predict
 
 import infer
@@ -304,15 +314,10 @@ def test_the_untrained_model_is_the_one_training_started_from(trained, tmp_path)
 # ----------------------------------------------------------------- as commands, and their mistakes
 
 
-def run_script(project, script, *flags, cwd=None):
-    return subprocess.run([sys.executable, project / "code" / script, *map(str, flags)],
-                          cwd=cwd or project, capture_output=True, text=True, timeout=300)
-
-
 def test_a_script_does_the_same_from_elsewhere(trained, project, tmp_path, capsys):
     flags = ["--dataset", "small", "--save_path", str(trained), "--from_ebd", "--k", "10",
              "--no-figures"]
-    done = run_script(project, "infer.py", *flags, cwd=tmp_path)
+    done = run_script(project / "code/infer.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     infer.main(flags)  # from the root
     assert done.stdout == capsys.readouterr().out
@@ -320,7 +325,7 @@ def test_a_script_does_the_same_from_elsewhere(trained, project, tmp_path, capsy
 
 
 def test_a_mistake_of_a_script_is_one_line_without_a_traceback(project):
-    done = run_script(project, "main.py", "--dataset", "nowhere")
+    done = run_script(project / "code/main.py", "--dataset", "nowhere")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "no preprocess script is called nowhere" in done.stderr

@@ -1,12 +1,9 @@
 """std.py: an h5 matrix and the trio it is converted to are one and the same to every reader."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import std
+from makers import run_script
 from test_sources import a_matrix, assert_holds, write_h5
 
 from heclip import sources
@@ -63,9 +60,7 @@ def test_a_bad_h5_writes_nothing(tmp_path, damage):
 
 def test_as_a_script_a_bad_h5_ends_in_one_line_and_exit_code_1(tmp_path, project):
     (tmp_path / NAME).write_text("<html>404</html>")
-    done = subprocess.run(
-        [sys.executable, str(project / "GSE/std.py"), NAME], cwd=tmp_path, capture_output=True,
-        text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, timeout=120, check=False)
+    done = run_script(project / "GSE/std.py", NAME, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {NAME} is damaged or incomplete")
     assert done.stderr.count("\n") == 1
