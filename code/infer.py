@@ -20,7 +20,7 @@ RANDOM_SEED = 42
 MAPPED_GENES = 6  # maps of a slide, if the dataset names no markers
 MODEL = {"dataset": "GSE240429", "type": "heg", "protocol": "strict"}  # if no flag says otherwise
 OF_A_SECTION = ("query", "seed", "panel_file", "ebd_only", "from_ebd", "untrained")
-OF_A_SLIDE = ("mpp", "pitch", "positions", "spatialdata", "name")
+OF_A_SLIDE = ("mpp", "pitch", "positions", "whole_image", "spatialdata", "name")
 
 
 def make_parser():
@@ -74,9 +74,12 @@ def add_slide_flags(flags):
                        help="µm per full-resolution pixel; overrides the file's own")
     slide.add_argument("--pitch", type=float, metavar="UM",
                        help="distance of neighbouring spots, if not the reference's")
-    slide.add_argument("--positions", metavar="FILE",
+    spots = slide.add_mutually_exclusive_group()
+    spots.add_argument("--positions", metavar="FILE",
                        help="position file of the spots, in full-resolution pixels, instead of a "
                             "lattice over the tissue")
+    spots.add_argument("--whole_image", action="store_true",
+                       help="the lattice covers all of the image: it shows tissue and no glass")
     slide.add_argument("--name", help="of the slide in the results; default: the stem of its file")
     slide.add_argument("--spatialdata", metavar="DIR",
                        help="write the prediction as SpatialData too; needs the package "
@@ -485,8 +488,8 @@ def predict_slide(args):
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         result = api.predict_with(
-            trained, args.image, args.mpp, pitch=args.pitch, positions=args.positions, run=run,
-            name=name, how=predicting(args.recipe or trained.settings.recipe, vars(args)),
+            trained, args.image, args.mpp, pitch=args.pitch, positions=args.positions,
+            whole_image=args.whole_image, run=run, name=name, how=predicting(args.recipe or trained.settings.recipe, vars(args)),
             batch_size=args.batch_size, device=args.device, compile=args.compile)
     with atomic_path(path) as temporary:
         write_h5ad(result, temporary)

@@ -41,8 +41,9 @@ VISIUM_UM = 100  # distance of neighbouring spots, if it cannot be found from th
 FINGERPRINT = 1 << 20  # bytes at either end of a slide's file that distinguish it from others
 
 
-def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=None, name=None,
-                  batch_size=128, device="auto", compile=False, save_path=None, **how):
+def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, whole_image=False,
+                  recipe=None, name=None, batch_size=128, device="auto", compile=False,
+                  save_path=None, **how):
     """Predict a slide's expression from its image alone.
 
     model: (dataset, "heg" or "hvg", or one of these with "_paper"), or the path of a checkpoint
@@ -53,6 +54,7 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=
     pitch: distance of neighbouring spots in µm; default: the reference's.
     positions: spots to use instead of a lattice on the tissue: a position file that
     sources.read_positions can read, or a table as it returns.
+    whole_image: the lattice covers all of the image, which shows tissue and no glass.
     recipe, and retrieval, k, centre, views, smoothing: as in infer.py; default: those of the
     model's recipe.
     name: of the slide in uns["spatial"]. save_path: that of main.py, if the model is given by its
@@ -74,8 +76,8 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=
         raise InputError(f"{trained.path} was trained on {trained.settings.dataset} "
                          f"{trained.name}, not on {run.dataset} {run.name}. Train again")
     return predict_with(
-        trained, image, mpp, pitch=pitch, positions=positions, run=run, name=name,
-        how=predicting(recipe or trained.settings.recipe, how), batch_size=batch_size,
+        trained, image, mpp, pitch=pitch, positions=positions, whole_image=whole_image, run=run,
+        name=name, how=predicting(recipe or trained.settings.recipe, how), batch_size=batch_size,
         device=device, compile=compile)
 
 
@@ -109,8 +111,8 @@ def predict(adata, image, model, mpp=None, **options):
     return prediction
 
 
-def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=None, name=None,
-                 batch_size=128, device="auto", compile=False):
+def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, whole_image=False,
+                 run=None, name=None, batch_size=128, device="auto", compile=False):
     """What `predict_slide` does, with a model that has been loaded: a Trained.
 
     how: a Predicting. run: the Run whose saved embeddings of the reference's images may be read;
@@ -131,8 +133,9 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
         warn_of_resolution(image, mpp, crop, trained.patch_px)
         thumbnail, scale = tissue.thumbnail(slide, mpp)
         if positions is None:
-            spots = spots_on_tissue(slide, thumbnail, scale, mpp, pitch or own.pitch_um,
-                                    own.spot_um)
+            found = tissue_of(slide, thumbnail, mpp / scale, whole_image)
+            lattice_px = (pitch or own.pitch_um) / mpp
+            spots = spots_on_tissue(slide, found, scale, lattice_px, own.spot_um / mpp)
         else:
             spots = given_spots(positions)
         xy = spots[["x", "y"]].to_numpy(np.float64)
@@ -257,18 +260,33 @@ def image_embeddings(trained, processed, run, section, views, device, batch_size
 # ---------------------------------------------------------------------------------------- the spots
 
 
-def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
+def tissue_of(slide, thumbnail, um, whole_image):
+    """Where a slide shows tissue: bool (h, w), all True with whole_image.
+
+    thumbnail: uint8 (h, w, 3), `um` microns a pixel. Warns if all of it is taken for tissue, or if
+    what is taken for glass does not look like it.
+    """
+    if whole_image:
+        return np.ones(thumbnail.shape[:2], bool)
+    found = tissue.find_tissue(thumbnail, um)
+    if found.any() and (doubt := tissue.doubt_about(thumbnail, um, found)):
+        warnings.warn(f"{slide.path}: {doubt}", stacklevel=4)
+    return found
+
+
+def spots_on_tissue(slide, found, scale, pitch, diameter):
     """The spots of a lattice that lie on tissue: a table of x, y, array_row, array_col, in_tissue.
 
-    scale: thumbnail pixels per full-resolution pixel. Raises InputError if there is no tissue.
+    found: bool (h, w), the tissue, `scale` of its pixels per full-resolution pixel. pitch and
+    diameter of the spots are in full-resolution pixels. Raises InputError if none lies on tissue.
     """
-    found = tissue.find_tissue(thumbnail, mpp / scale)
-    spots = lattice(slide.width, slide.height, pitch_um / mpp)
-    share = tissue.share_on_tissue(spots, found, scale, spot_um / mpp)
+    spots = lattice(slide.width, slide.height, pitch)
+    share = tissue.share_on_tissue(spots, found, scale, diameter)
     spots = spots[share >= tissue.ON_TISSUE]
     if not len(spots):
         raise InputError(f"{slide.path}: no tissue found. Is it a bright-field image of a stained "
-                         "section? If so, give the spots with --positions")
+                         "section? If so, predict all of it with --whole_image, or give the spots "
+                         "with --positions")
     return spots.assign(in_tissue=True)
 
 
