@@ -33,9 +33,10 @@ from .prediction import (
     fresh_embeddings,
     predict as predict_from,
 )
+from .retrieval import crowded
 from .settings import predicting
-from .slide import THUMBNAIL, SpotPatches, microns_per_pixel, open_slide, shrunk
-from .spots import array_of, lattice, pitch as spot_pitch
+from .slide import THUMBNAIL, SpotPatches, microns_per_pixel, open_slide, shrunk, stated_mpp
+from .spots import array_of, geometry_notes, lattice, pitch as spot_pitch
 
 VISIUM_UM = 100  # distance of neighbouring spots, if it cannot be found from the reference
 FINGERPRINT = 1 << 20  # bytes at either end of a slide's file that distinguish it from others
@@ -132,18 +133,24 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, whole_
         crop = trained.patch_um / mpp
         warn_of_resolution(image, mpp, crop, trained.patch_px)
         thumbnail, scale = tissue.thumbnail(slide, mpp)
+        notes = []
         if positions is None:
-            found = tissue_of(slide, thumbnail, mpp / scale, whole_image)
+            found = tissue_of(thumbnail, mpp / scale, whole_image, notes)
             lattice_px = (pitch or own.pitch_um) / mpp
             spots = spots_on_tissue(slide, found, scale, lattice_px, own.spot_um / mpp)
         else:
             spots = given_spots(positions)
+        notes += notes_on_slide(slide, spots, mpp, pitch or own.pitch_um)
+        for note in notes:
+            warnings.warn(f"{slide.path}: {note}", stacklevel=3)
         xy = spots[["x", "y"]].to_numpy(np.float64)
         device = command.pick_device(device)
         trained.network.to(device, memory_format=torch.channels_last)
         if compile:
             trained.network.image_encoder.compile()
         reference = read_reference(trained, processed, run, how, device, batch_size)
+        if not trained.is_regression and (note := crowded(how.k, len(reference.expression))):
+            warnings.warn(note, stacklevel=3)
         patches = SpotPatches(slide, xy, crop, trained.patch_px, device)
         order = torch.from_numpy(patches.order)
         embeddings = torch.empty(len(spots), trained.network.width)
@@ -151,7 +158,7 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, whole_
             trained.network, patches, order, batch_size, how.views).cpu()
 
     predicted = predict_from(embeddings, xy, reference, how, trained.is_regression)
-    library = slide_library(thumbnail, scale, mpp, own.spot_um, Path(image).name)
+    library = slide_library(thumbnail, scale, mpp, own.spot_um, Path(image).name, notes)
     about = {"query": slide_identity(image), "reference": list(trained.reference),
              "how": asdict(how), "unit": "log-normalised expression", "model": trained.facts()}
     return anndata.AnnData(
@@ -161,16 +168,18 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, whole_
         uns={"spatial": {name or Path(image).stem: library}, "heclip": json.dumps(about)})
 
 
-def slide_library(thumbnail, scale, mpp, spot_um, file_name):
-    """The entry of a slide in uns["spatial"]: picture, scale factors, µm per pixel.
+def slide_library(thumbnail, scale, mpp, spot_um, file_name, notes):
+    """The entry of a slide in uns["spatial"]: picture, scale factors, µm per pixel, notes.
 
-    scale: thumbnail pixels per full-resolution pixel. spot_um: diameter of a spot in µm.
+    scale: thumbnail pixels per full-resolution pixel. spot_um: diameter of a spot in µm. notes: a
+    list of text on what may be wrong.
     """
     shrink = -(-max(thumbnail.shape) // THUMBNAIL)
     return {"images": {"hires": shrunk(thumbnail, shrink)},
             "scalefactors": {"tissue_hires_scalef": scale / shrink,
                              "spot_diameter_fullres": spot_um / mpp},
-            "metadata": {"mpp": mpp, "source_image_path": file_name}}
+            "metadata": {"mpp": mpp, "source_image_path": file_name,
+                         "notes": "\n".join(notes)}}
 
 
 def slide_identity(image):
@@ -260,18 +269,25 @@ def image_embeddings(trained, processed, run, section, views, device, batch_size
 # ---------------------------------------------------------------------------------------- the spots
 
 
-def tissue_of(slide, thumbnail, um, whole_image):
+def tissue_of(thumbnail, um, whole_image, notes):
     """Where a slide shows tissue: bool (h, w), all True with whole_image.
 
-    thumbnail: uint8 (h, w, 3), `um` microns a pixel. Warns if all of it is taken for tissue, or if
-    what is taken for glass does not look like it.
+    thumbnail: uint8 (h, w, 3), `um` microns a pixel. notes: a list of text that is added to, if all
+    of it is taken for tissue, or if what is taken for glass does not look like it.
     """
     if whole_image:
         return np.ones(thumbnail.shape[:2], bool)
     found = tissue.find_tissue(thumbnail, um)
     if found.any() and (doubt := tissue.doubt_about(thumbnail, um, found)):
-        warnings.warn(f"{slide.path}: {doubt}", stacklevel=4)
+        notes.append(doubt)
     return found
+
+
+def notes_on_slide(slide, spots, mpp, pitch_um):
+    """What contradicts the places and the scale of spots on a slide: a list of text."""
+    stated = {"facts in the image file": stated_mpp(slide)}
+    return geometry_notes(spots[["x", "y"]].to_numpy(np.float64), array_of(spots), mpp, pitch_um,
+                          stated)
 
 
 def spots_on_tissue(slide, found, scale, pitch, diameter):
