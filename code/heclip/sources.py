@@ -250,9 +250,10 @@ def counts_of_h5ad(path, file):
     They are layers["counts"] if there is such a layer. Otherwise they are X, or raw.X if only that
     holds whole numbers. Raises InputError if there is neither.
     """
+    var = file["var"]  # an error if there is none, because then the file is no AnnData
     layers = list(file.get("layers", ()))
     if "counts" in layers:
-        return file["layers/counts"], file["var"]
+        return file["layers/counts"], var
     tops = [file, *(file[name] for name in ("raw",) if isinstance(file.get(name), h5py.Group))]
     places = [(top["X"], top["var"]) for top in tops
               if "X" in top and top["X"].attrs.get("encoding-type") != "null"]
@@ -377,9 +378,10 @@ def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
     matrix = matrix.tocsr()
     obs = pd.DataFrame(index=pd.Index(barcodes, name="barcode"))
     var, others = gene_table(gene_ids, symbols, kinds)
-    left_out = ", ".join(f"{n:,} {kind}" for kind, n in others[others != ""].value_counts().items())
+    kinds_left_out = others[others != ""].value_counts()
+    left_out = ", ".join(f"{n:,} {kind}" for kind, n in kinds_left_out.items())
     if left_out:
-        matrix = matrix[:, others == ""]
+        matrix = matrix[:, (others == "").to_numpy()]
     if 0 in matrix.shape:
         found = f"{len(others):,} features, of which none is a gene: {left_out}"
         if not left_out:
@@ -411,17 +413,17 @@ def gene_table(gene_ids, symbols, kinds=None):
     """The genes among features, and what the other features are.
 
     kinds: the feature type of each, or None. Returns (DataFrame of symbols by gene id, Series: ""
-    for a gene, its type for another feature, "controls" for what is no gene by its name).
+    for a gene, its type for another feature, "control" for what is no gene by its name).
     """
-    index = pd.Index(gene_ids, name="gene_id")
-    var = pd.DataFrame({"symbol": np.asarray(symbols)}, index=index)
+    index = pd.Index(np.asarray(gene_ids, object), dtype=str, name="gene_id")
+    var = pd.DataFrame({"symbol": np.asarray(symbols, object)}, index, dtype=str)
     others = pd.Series("", range(len(var)))
     if kinds is not None:
         kinds = pd.Series(np.asarray(kinds)).str.strip()
         words = kinds.str.lower().str.replace("[_-]", " ", regex=True)
         others = others.where(words.isin(GENE_KINDS), kinds)
     by_name = np.asarray(index.str.match(NO_GENE)) | np.asarray(var["symbol"].str.match(NO_GENE))
-    others = others.mask(by_name & (others == ""), "controls")
+    others = others.mask(by_name & (others == ""), "control")
     others.index = index
     return var[(others == "").to_numpy()], others
 
@@ -602,7 +604,8 @@ def as_numbers(path, name, column):
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     wrong = np.isnan(numbers) & column.notna().to_numpy()
     if wrong.any():
-        raise InputError(f"{path}: {name} holds {column[wrong].iloc[0]!r}, which is no number")
+        raise InputError(f"{path}: {name} holds {column[wrong].iloc[0]!r}, which is no number. "
+                         "Correct it, or download the file again")
     return numbers
 
 
