@@ -617,7 +617,7 @@ def test_an_mpp_that_the_lattice_contradicts_is_noted(root, tmp_path, capsys):
             "say 5.") in said
 
 
-def test_a_mirrored_lattice_is_said_by_check_by_preprocess_and_in_the_record(root, tmp_path, capsys):
+def test_a_mirrored_lattice_is_said_by_check_and_preprocess_and_recorded(root, tmp_path, capsys):
     rows = {name: scanpy_file(tmp_path, name) for name in SECTIONS}
     path = tmp_path / rows["A1"]["counts"]
     adata = anndata.read_h5ad(path)
