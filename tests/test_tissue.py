@@ -97,8 +97,9 @@ def a_field(colour=(30, -30, 10), grain=25, seed=0):
 
 
 @pytest.mark.parametrize("picture", [
-    a_field(), a_field(colour=(0, 0, 0)), a_field()[:, :140], a_field()[:40, :40]],
-    ids=["two stains", "grey", "one stain", "a small core"])
+    a_field(), a_field(colour=(0, 0, 0)), a_field()[:, :140], a_field()[:40, :40],
+    a_field(colour=(40, -40, 20), grain=2)[:, :140]],
+    ids=["two stains", "grey", "one stain", "a small core", "smooth"])
 def test_a_picture_without_glass_is_all_tissue_and_that_is_said(picture):
     found = find_tissue(picture, 8)
     assert found.all()

@@ -19,6 +19,7 @@ ON_TISSUE = 0.25  # share of a spot's circle
 # Medians over what is called glass. On 14 real pictures with glass, its texture was at most 0.8 and
 # its colour at most 19. In 8 fields that lie wholly inside tissue, they were at least 9.7 and 31.
 TEXTURE_OF_TISSUE = 8  # levels between a pixel and its surroundings: glass is not so rough
+STAINED = 60  # levels of colour that no glass has, however smooth it is
 COLOURED = 25  # levels between the brightest and the darkest channel: glass is not so coloured
 
 
@@ -60,7 +61,8 @@ def find_tissue(rgb, um):
     """
     tissue = darker_than_glass(rgb, um)
     texture, colour = looks_of_glass(rgb, um, tissue)
-    is_tissue = texture >= TEXTURE_OF_TISSUE or (texture >= ROUGH and colour >= COLOURED)
+    is_tissue = (texture >= TEXTURE_OF_TISSUE or colour >= STAINED
+                 or (texture >= ROUGH and colour >= COLOURED))
     return np.ones(tissue.shape, bool) if is_tissue else tissue
 
 
