@@ -133,24 +133,22 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, whole_
         crop = trained.patch_um / mpp
         warn_of_resolution(image, mpp, crop, trained.patch_px)
         thumbnail, scale = tissue.thumbnail(slide, mpp)
-        notes = []
+        pitch_um, notes = pitch or own.pitch_um, []
         if positions is None:
             found = tissue_of(thumbnail, mpp / scale, whole_image, notes)
-            lattice_px = (pitch or own.pitch_um) / mpp
-            spots = spots_on_tissue(slide, found, scale, lattice_px, own.spot_um / mpp)
+            spots = spots_on_tissue(slide, found, scale, pitch_um / mpp, own.spot_um / mpp)
         else:
             spots = given_spots(positions)
-        notes += notes_on_slide(slide, spots, mpp, pitch or own.pitch_um)
-        for note in notes:
-            warnings.warn(f"{slide.path}: {note}", stacklevel=3)
+        notes += notes_on_slide(slide, spots, mpp, pitch_um)
+        warn_of(notes, slide.path)
         xy = spots[["x", "y"]].to_numpy(np.float64)
         device = command.pick_device(device)
         trained.network.to(device, memory_format=torch.channels_last)
         if compile:
             trained.network.image_encoder.compile()
         reference = read_reference(trained, processed, run, how, device, batch_size)
-        if not trained.is_regression and (note := crowded(how.k, len(reference.expression))):
-            warnings.warn(note, stacklevel=3)
+        if not trained.is_regression:
+            warn_of(filter(None, [crowded(how.k, len(reference.expression))]), trained.path)
         patches = SpotPatches(slide, xy, crop, trained.patch_px, device)
         order = torch.from_numpy(patches.order)
         embeddings = torch.empty(len(spots), trained.network.width)
@@ -166,6 +164,12 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, whole_
         obs=spots.drop(columns=["x", "y"]).assign(**predicted.certainty(reference)),
         obsm={"spatial": xy},
         uns={"spatial": {name or Path(image).stem: library}, "heclip": json.dumps(about)})
+
+
+def warn_of(notes, path):
+    """Warn of each note, after the name of the file that it is about."""
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=4)
 
 
 def slide_library(thumbnail, scale, mpp, spot_um, file_name, notes):
