@@ -19,7 +19,7 @@ ON_TISSUE = 0.25  # share of a spot's circle
 # Medians over what is called glass. On 14 real pictures with glass, its texture was at most 0.8 and
 # its colour at most 19. In 8 fields that lie wholly inside tissue, they were at least 9.7 and 31.
 TEXTURE_OF_TISSUE = 8  # levels between a pixel and its surroundings: glass is not so rough
-STAINED = 60  # levels of colour that no glass has, however smooth it is
+STAINED = 60  # levels of colour: smooth and stained. Set on a generated picture, not on real ones
 COLOURED = 25  # levels between the brightest and the darkest channel: glass is not so coloured
 
 
