@@ -20,7 +20,7 @@ RANDOM_SEED = 42
 MAPPED_GENES = 6  # maps of a slide, if the dataset names no markers
 MODEL = {"dataset": "GSE240429", "type": "heg", "protocol": "strict"}  # if no flag says otherwise
 OF_A_SECTION = ("query", "seed", "panel_file", "ebd_only", "from_ebd", "untrained")
-OF_A_SLIDE = ("mpp", "pitch", "positions", "spatialdata", "name")
+OF_A_SLIDE = ("mpp", "pitch", "positions", "whole_image", "spatialdata", "name")
 
 
 def make_parser():
@@ -74,9 +74,12 @@ def add_slide_flags(flags):
                        help="µm per full-resolution pixel; overrides the file's own")
     slide.add_argument("--pitch", type=float, metavar="UM",
                        help="distance of neighbouring spots, if not the reference's")
-    slide.add_argument("--positions", metavar="FILE",
+    spots = slide.add_mutually_exclusive_group()
+    spots.add_argument("--positions", metavar="FILE",
                        help="position file of the spots, in full-resolution pixels, instead of a "
                             "lattice over the tissue")
+    spots.add_argument("--whole_image", action="store_true",
+                       help="the lattice covers all of the image: it shows tissue and no glass")
     slide.add_argument("--name", help="of the slide in the results; default: the stem of its file")
     slide.add_argument("--spatialdata", metavar="DIR",
                        help="write the prediction as SpatialData too; needs the package "
@@ -126,7 +129,7 @@ from heclip.prediction import (
     reference_of,
     save_embeddings,
 )
-from heclip.retrieval import average_expression, random_spots
+from heclip.retrieval import average_expression, crowded, random_spots
 from heclip.settings import Predicting
 from heclip.spots import smooth
 
@@ -169,6 +172,8 @@ def main(argv=None):
     predictions = columns(job.trained, job.how, predicted)
     if args.untrained:
         predictions |= predict_untrained(args, job, xy)
+    if note := crowded(job.how.k, len(reference.expression)):
+        print(f"warning: {note}", file=sys.stderr)
     seed = RANDOM_SEED if args.seed is None else args.seed
     index = random_spots(len(truth), len(reference.expression), job.how.k, seed)
     chance = average_expression(index, reference.expression)
@@ -442,8 +447,17 @@ def print_scores(job, summaries):
           f"{how.views} views, smoothing {how.smoothing}" + (", centred." if how.centre else "."))
     where = "query's truth, as published." if settings.protocol == "paper" else "reference."
     print(f"HEG-n, HVG-n: mean Pearson of the n genes highest, or most variable, in the {where}")
+    print_undefined(summaries, len(job.trained.panel))
     print(scores.to_string(
         float_format=lambda value: f"{value:.3f}" if value % 1 else f"{value:.0f}"))
+
+
+def print_undefined(summaries, n_genes):
+    """Say which predictions have genes that cannot be scored, and how many."""
+    for label, summary in summaries.items():
+        if n := summary["undefined genes"]:
+            print(f"{label}: {n} of {n_genes} genes are not scored, because the prediction or the "
+                  "truth is the same in all spots, to rounding")
 
 
 def draw(job, result, genes, reference):
@@ -485,8 +499,9 @@ def predict_slide(args):
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         result = api.predict_with(
-            trained, args.image, args.mpp, pitch=args.pitch, positions=args.positions, run=run,
-            name=name, how=predicting(args.recipe or trained.settings.recipe, vars(args)),
+            trained, args.image, args.mpp, pitch=args.pitch, positions=args.positions,
+            whole_image=args.whole_image, run=run, name=name,
+            how=predicting(args.recipe or trained.settings.recipe, vars(args)),
             batch_size=args.batch_size, device=args.device, compile=args.compile)
     with atomic_path(path) as temporary:
         write_h5ad(result, temporary)

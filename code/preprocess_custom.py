@@ -62,7 +62,7 @@ def main(argv=None):
 
     sections, problems, ignored = sheet.read_sheet(path)
     gene_problems = [] if args.check else problems  # --check reads the genes again and reports then
-    sections, changes = sheet.share_genes(sections, gene_problems)
+    sections, changes = sheet.share_genes(sections, gene_problems, args.symbols)
     if args.check:
         notes = [f"genes: {line}" for line in changes]
         if ignored:

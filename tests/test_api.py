@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -18,6 +19,7 @@ from heclip import api, prediction
 from heclip.dataset import Processed, Run
 from heclip.files import InputError
 from heclip.slide import shrunk
+from heclip.spots import lattice
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +291,35 @@ def test_another_model_does_not_replace_the_prediction_of_a_slide(slide, tmp_pat
         infer.main([*flags, "--checkpoint", str(tmp_path / "bleep.pt")])
 
 
+@pytest.mark.parametrize(("glass", "whole_image", "note"), [
+    (False, False, "no glass is seen on it"), (True, False, None), (True, True, None)])
+def test_a_picture_without_glass_or_with_whole_image_has_spots_everywhere(glass, whole_image, note):
+    rng = np.random.default_rng(0)
+    level = rng.normal(130, 40, (80, 100, 1)) + np.array([30, -30, 10])
+    thumbnail = np.clip(level, 0, 255).astype(np.uint8)
+    if glass:
+        thumbnail[:, 50:] = 244
+    notes = []
+    found = api.tissue_of(thumbnail, 8, whole_image, notes)
+    assert found[:, :45].all()
+    assert found[:, 55:].all() == (whole_image or not glass)
+    assert len(notes) == (note is not None)
+    assert all(note in text for text in notes)
+
+
+@pytest.mark.parametrize(("mpp", "exchanged", "says"), [
+    (2.5, False, None), (2.5, True, "mirror image"),
+    (2.0, False, "but facts in the image file say 2.5")])
+def test_what_contradicts_the_spots_of_a_slide_is_said(mpp, exchanged, says):
+    spots = lattice(400, 300, 40)
+    if exchanged:
+        spots = spots.rename(columns={"x": "y", "y": "x"})
+    slide = SimpleNamespace(mpp=(2.5, 2.5))
+    notes = api.notes_on_slide(slide, spots, mpp, 40 * mpp)
+    assert len(notes) == (says is not None)
+    assert all(says in text for text in notes)
+
+
 # ------------------------------------------------------------------------------------- mistakes
 
 
@@ -303,7 +334,7 @@ def broken(tmp_path, kind):
 
 @pytest.mark.parametrize(("flags", "says"), [
     (["--image", "glass"], "does not say how many µm a pixel is wide. Give it with --mpp"),
-    (["--image", "glass", "--mpp", "1"], "no tissue found"),
+    (["--image", "glass", "--mpp", "1"], r"no tissue found.*--whole_image"),
     (["--image", "glass", "--mpp", "0.01"], "from 0.05 to 20"),
     (["--image", "text"], "cannot be read as an image"),
     (["--image", "absent"], "is missing"),

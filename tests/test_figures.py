@@ -186,6 +186,25 @@ def test_every_spot_is_drawn_and_so_is_one_beyond_the_slide(monkeypatch):
     assert circled.get_title(loc="right") == "42 spots · 5 µm per pixel"
 
 
+@pytest.mark.parametrize("size", [(600, 300), (300, 600)])
+def test_what_is_wrong_with_the_scale_is_written_below_the_spots(monkeypatch, size):
+    saved_figures = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: saved_figures.append(figure))
+    adata = section([(100, 100)], size)
+    spots_over_slide(adata, "S1", "unused.png")
+    notes = ["its spots are a mirror image of the array, " * 3, "a pixel is taken to be 2 µm wide"]
+    adata.uns["spatial"]["S1"]["metadata"]["notes"] = "\n".join(notes)
+    spots_over_slide(adata, "S1", "unused.png")
+    plain, noted = saved_figures
+    assert not plain.texts
+    (text,) = noted.texts
+    assert text.get_text().replace("\n", " ") == " ".join(note.strip() for note in notes)
+    place = text.get_window_extent()
+    assert place.x1 <= noted.bbox.x1
+    for axes in noted.axes:  # 0.2 inches hold the scale bar
+        assert place.y1 < axes.get_window_extent().y0 - 0.2 * noted.dpi
+
+
 # ------------------------------------------------------------------------------ expression maps
 
 

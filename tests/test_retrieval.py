@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from heclip.retrieval import average_expression, centre, random_spots, retrieve, spread
+from heclip.retrieval import (
+    average_expression,
+    centre,
+    crowded,
+    random_spots,
+    retrieve,
+    spread,
+)
 
 
 def cosine(query, reference):
@@ -129,3 +136,10 @@ def test_what_shifts_all_of_a_section_changes_nothing_that_is_retrieved():
     np.testing.assert_allclose(similarity_moved, similarity, atol=1e-6)
     without_centring, _ = retrieve(query + mean, np.concatenate(moved), 10)
     assert (without_centring != index).mean() > 0.5
+
+
+@pytest.mark.parametrize(("k", "n_reference", "says"), [
+    (50, 100, None), (51, 100, "K is 51 of 100 reference spots"), (50, 20, "K is 50 of 20")])
+def test_k_that_is_not_well_below_the_reference_is_said(k, n_reference, says):
+    note = crowded(k, n_reference)
+    assert says in note if says else note is None

@@ -390,7 +390,9 @@ def test_a_users_mistake_ends_in_one_clear_line(trained, tmp_path, monkeypatch, 
         ["--from_ebd"], ["--untrained"])),
     *((infer.parse, flags, f"{flags[0]} goes with --image") for flags in (
         ["--mpp", "0.5"], ["--pitch", "50"], ["--positions", "x"], ["--spatialdata", "x"],
-        ["--name", "x"])),
+        ["--name", "x"], ["--whole_image"])),
+    (infer.parse, ["--image", "x.tif", "--positions", "x", "--whole_image"],
+     "argument --whole_image: not allowed with argument --positions"),
     *((infer.parse, ["--from_ebd", *flags], f"leave out {flags[0]}") for flags in (
         ["--checkpoint", "x"], ["--untrained"], ["--panel_file", "x"], ["--compile"])),
 ])

@@ -311,11 +311,36 @@ def test_hests_own_pixel_size_counts_where_there_is_no_lattice(tmp_path):
     del adata.obs["array_row"]
     adata.write_h5ad(path)
     without, = sheet.read_sheet(write_sheet(tmp_path, {"A1": cells}))[0]
-    assert (without.pitch_um, without.mpp) == (None, 3.0)
+    assert (without.pitch_um, without.mpp) == (100, 3.0)
     stated, = sheet.read_sheet(write_sheet(tmp_path, {"A1": cells | {"mpp": "2.5"}}))[0]
     assert stated.mpp == 2.5
     pitched, = sheet.read_sheet(write_sheet(tmp_path, {"A1": cells | {"pitch": "200"}}))[0]
-    assert (pitched.pitch_um, pitched.mpp) == (200, None)
+    assert (pitched.pitch_um, pitched.mpp, pitched.stated_mpp) == (200, None, 3.0)
+
+
+@pytest.mark.parametrize("array", [True, False], ids=["lattice", "no lattice"])
+def test_hests_pixel_size_is_compared_with_its_distance_of_spots(root, tmp_path, capsys, array):
+    cells = hest(tmp_path, "A1")
+    if not array:
+        adata = to_anndata("A1")
+        del adata.obs["array_row"]
+        adata.write_h5ad(tmp_path / "hest/st/A1.h5ad")
+    run(write_sheet(tmp_path, {"A1": cells}), "--check")
+    used, source, other = (5, "the section's own files", 3) if array else (
+        3, "neighbouring spots, if they are 100 µm apart,", 5)
+    assert f"to be {used} µm wide, but {source} say {other}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", ["sep=,\n", '"sep=,"\n'])
+def test_excels_own_first_line_is_passed_over(tmp_path, first):
+    path = write_sheet(tmp_path, {"A1": stated_files(tmp_path, "A1") | {"donor": ""}})
+    path.write_text(first + path.read_text())
+    sections, problems, _ = sheet.read_sheet(path)
+    assert [section.name for section in sections] == ["A1"]
+    assert len(problems) == 1  # about the donor
+    path.write_text(path.read_text().replace("A1", "A1,extra,cells,and,more,cells,and,more", 1))
+    with pytest.raises(InputError, match="line 3 has"):
+        sheet.read_sheet(path)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -588,7 +613,118 @@ def test_an_mpp_that_the_lattice_contradicts_is_noted(root, tmp_path, capsys):
     rows = {name: stated_files(tmp_path, name) | {"mpp": "2.5"} for name in SECTIONS}
     run(write_sheet(tmp_path, rows), "--check")
     said = capsys.readouterr().out
-    assert "mpp is 2.5 as stated, but 5 if neighbouring spots are 100 µm apart" in said
+    assert ("a pixel is taken to be 2.5 µm wide, but neighbouring spots, if they are 100 µm apart, "
+            "say 5.") in said
+
+
+def test_a_mirrored_lattice_is_said_by_check_and_preprocess_and_recorded(root, tmp_path, capsys):
+    rows = {name: scanpy_file(tmp_path, name) for name in SECTIONS}
+    path = tmp_path / rows["A1"]["counts"]
+    adata = anndata.read_h5ad(path)
+    adata.obsm["spatial"] = adata.obsm["spatial"][:, ::-1]
+    adata.write_h5ad(path)
+    square = np.pad(raw_section("A1")[2], ((0, 60), (0, 60), (0, 0)), mode="edge")
+    write_image(tmp_path / rows["A1"]["image"], square)
+    sheet_path = write_sheet(tmp_path, rows)
+    run(sheet_path, "--check")
+    assert "- A1: its spots are a mirror image of the array" in capsys.readouterr().out
+    run(sheet_path)
+    said = capsys.readouterr().out
+    assert said.count("mirror image") == 1
+    assert "warning: A1: its spots are a mirror image of the array" in said
+    notes = {name: Processed("mine").spots(name).uns["spatial"][name]["metadata"]["notes"]
+             for name in SECTIONS}
+    assert notes["A1"].startswith("its spots are a mirror image")
+    assert notes["C1"] == ""
+
+
+@pytest.mark.parametrize(("facts", "cells", "expected"), [
+    ({"bin_size_um": 8.0, "microns_per_pixel": 0.4}, {}, (8, None, 0.4)),
+    ({"microns_per_pixel": 0.4}, {}, (None, 0.4, 0.4)),
+    ({"microns_per_pixel": 0.4}, {"scale": "0.5"}, (None, 0.8, 0.8)),
+    ({"bin_size_um": 8.0, "microns_per_pixel": 0.4}, {"mpp": "0.5"}, (8, 0.5, 0.4)),
+    ({"bin_size_um": 8.0, "microns_per_pixel": 0.4}, {"pitch": "2"}, (2, None, 0.4)),
+    ({"spot_diameter_fullres": 11.0}, {}, (None, None, None)),
+])
+@pytest.mark.parametrize("place", ["json", "h5ad"])
+def test_what_space_ranger_states_of_the_scale_is_read_from_json_and_h5ad(tmp_path, place, facts,
+                                                                          cells, expected):
+    if place == "json":
+        rows = space_ranger(tmp_path, "A1")
+        (tmp_path / "A1 [1]/outs/spatial/scalefactors_json.json").write_text(json.dumps(facts))
+    else:
+        rows = scanpy_file(tmp_path, "A1")
+        path = tmp_path / rows["counts"]
+        adata = anndata.read_h5ad(path)
+        adata.uns["spatial"] = {"is_single": True, "A1": {"images": {}, "scalefactors": facts}}
+        adata.write_h5ad(path)
+    (section,), problems, _ = sheet.read_sheet(write_sheet(tmp_path, {"A1": rows | cells}))
+    assert not problems
+    assert (section.pitch_um, section.mpp, section.stated_mpp) == expected
+
+
+def test_an_image_that_states_another_scale_is_noted(root, tmp_path, capsys):
+    rows = {name: stated_files(tmp_path, name) for name in SECTIONS}
+    image = Image.open(tmp_path / rows["A1"]["image"])
+    image.save(tmp_path / rows["A1"]["image"], dpi=(25400 / 0.5,) * 2)
+    run(write_sheet(tmp_path, rows), "--check")
+    said = capsys.readouterr().out
+    assert "A1: a pixel is taken to be 5 µm wide, but facts in the image file say 0.5" in said
+    assert "C1: a pixel" not in said
+
+
+@pytest.mark.parametrize(("array", "cells", "pitch_um"), [
+    ([(1, 1), (2, 1), (1, 2)], {}, 200), ([(1, 1), (2, 1), (1, 2)], {"pitch": "150"}, 150),
+    ([(1, 1), (3, 1), (2, 2)], {}, None), ([(1, 1), (2, 1), (1, 64)], {}, None),
+    ([(1, 1), (2, 1), (1, 64)], {"pitch": "150"}, 150)],
+    ids=["of 33 x 35", "of 33 x 35, stated", "staggered", "large", "large, stated"])
+def test_an_st_table_has_200_microns_or_is_asked_for_them(tmp_path, array, cells, pitch_um):
+    lines = [f"{x}\t{y}\t{100 * x}\t{100 * y}\t1\n" for x, y in array]
+    (tmp_path / "spots.tsv").write_text("x\ty\tpixel_x\tpixel_y\tselected\n" + "".join(lines))
+    rows = {"A1": stated_files(tmp_path, "A1") | {"positions": "spots.tsv"} | cells}
+    (section,), problems, _ = sheet.read_sheet(write_sheet(tmp_path, rows))
+    assert section.pitch_um == pitch_um
+    assert len(problems) == (pitch_um is None)
+    if problems:
+        assert "Give the distance of neighbouring spots in the column pitch" in problems[0]
+
+
+def test_a_table_of_symbols_bridges_ids_without_symbols_to_symbols(root, tmp_path, capsys):
+    counts, table, image = raw_section("A1")
+    names = [f"GENE_{i}" for i in range(len(GENES))]
+    for name, ids in (("A1", GENES), ("C1", names)):
+        write_h5(tmp_path / f"{name}.h5", counts, counts.index, ids, ids)
+    write_positions(tmp_path / "spots.csv", table.reset_index())
+    write_image(tmp_path / "slide.tif", image)
+    pd.DataFrame({"gene_id": GENES, "gene_name": names}).to_csv(tmp_path / "names.tsv", sep="\t",
+                                                                index=False)
+    path = write_sheet(tmp_path, {name: {"counts": f"{name}.h5", "positions": "spots.csv",
+                                         "image": "slide.tif"} for name in SECTIONS})
+    with pytest.raises(InputError, match="1 to fix"):
+        run(path, "--check")
+    for flags in (["--check"], []):
+        capsys.readouterr()
+        run(path, *flags, "--symbols", str(tmp_path / "names.tsv"))
+        assert "60 genes are in every section" in capsys.readouterr().out
+    genes = Processed("mine").genes("C1")
+    assert genes.index.tolist() == GENES
+    assert genes["symbol"].tolist() == names
+
+
+def test_features_that_are_no_genes_are_counted_and_left_out(root, tmp_path, capsys):
+    rows = {name: stated_files(tmp_path, name) for name in SECTIONS}
+    counts, *_ = raw_section("A1")
+    kinds = ["Antibody Capture"] * 2 + ["Gene Expression"] * (len(GENES) - 2)
+    write_h5(tmp_path / rows["A1"]["counts"], counts, counts.index,
+             [*GENES[:-1], "NegControlProbe_1"], SYMBOLS, kinds)
+    path = write_sheet(tmp_path, rows)
+    for flags in (["--check"], []):
+        run(path, *flags, "--markers", "GENE5", "NOSUCH")
+        said = capsys.readouterr().out
+        assert "A1: 2 Antibody Capture, 1 control are no genes and are left out" in said
+        assert "57 genes are in every section" in said
+    assert "no section has a gene of the name NOSUCH" in said
+    assert len(Processed("mine").genes("A1")) == 57
 
 
 # ------------------------------------------------------------------------- names and commands

@@ -15,7 +15,7 @@ import scipy.sparse
 
 from heclip import sources
 from heclip.files import InputError
-from heclip.spots import array_of, pitch
+from heclip.spots import array_of, mirrored, pitch
 
 # ----------------------------------------------------------------- raw files as others publish them
 
@@ -177,6 +177,107 @@ def test_antibodies_are_not_genes(tmp_path, write):
     genes = [0, 2, 3]
     assert_holds(sources.read_counts(path), counts[:, genes], barcodes,
                  [ids[i] for i in genes], [symbols[i] for i in genes])
+
+
+@pytest.mark.parametrize(("kinds", "genes", "left_out"), [
+    (["Gene expression", "rna", "GENE", "", "gene_expression"], [0, 1, 2, 3, 4], ""),
+    (["Gene Expression", "Blank Codeword", "Gene Expression", "CRISPR Guide Capture",
+      "Blank Codeword"], [0, 2], "2 Blank Codeword, 1 CRISPR Guide Capture"),
+], ids=["other spellings", "no genes"])
+def test_what_is_a_gene_follows_from_its_feature_type_in_any_spelling(tmp_path, kinds, genes,
+                                                                      left_out):
+    counts, barcodes, ids, symbols = a_matrix()
+    path = write_mtx(tmp_path, counts, barcodes, ids, symbols, kinds)
+    adata = sources.read_counts(path)
+    assert_holds(adata, counts[:, genes], barcodes, [ids[i] for i in genes],
+                 [symbols[i] for i in genes])
+    assert adata.uns["no_genes"] == left_out
+    pd.testing.assert_frame_equal(sources.read_genes(path), adata.var)
+
+
+@pytest.mark.parametrize("name", [
+    "NegControlProbe_00042", "NegControlCodeword_0500", "antisense_PROKR2", "BLANK_0006", "Blank-1",
+    "UnassignedCodeword_0001", "DeprecatedCodeword_0320", "DEPRECATED_ENSG00000135679", "NegPrb01",
+    "Negative12", "SystemControl3", "Intergenic_Region_107", "ERCC-00002", "__no_feature",
+    "__ambiguous[ENSG1+ENSG2]"])
+@pytest.mark.parametrize("where", ["id", "symbol"])
+def test_controls_and_blanks_are_no_genes_whatever_their_type(tmp_path, name, where):
+    counts, barcodes, ids, symbols = a_matrix()
+    (ids if where == "id" else symbols)[2] = name
+    adata = sources.read_counts(write_h5(tmp_path / "a.h5", counts, barcodes, ids, symbols))
+    assert adata.var_names.tolist() == [gene for gene in ids if gene != ids[2]]
+    assert adata.uns["no_genes"] == "1 control"
+
+
+@pytest.mark.parametrize("name", ["NEGR1", "BLNK", "ERCC1", "DEPDC1", "ANTXR1", "SYS1", "INTS1",
+                                  "NEGATIVE"])
+def test_genes_whose_names_resemble_controls_are_genes(name):
+    assert len(sources.gene_table([name], [name])[0]) == 1
+
+
+def test_a_matrix_without_a_gene_says_what_it_holds(tmp_path):
+    path = write_mtx(tmp_path, *a_matrix(), ["Antibody Capture"] * 5)
+    with pytest.raises(InputError, match="none is a gene: 5 Antibody Capture"):
+        sources.read_counts(path)
+
+
+def no_types(file):
+    del file["matrix/features/feature_type"]
+
+
+def of_cellbender(file):
+    file["droplet_latents/cell_probability"] = np.ones(3)
+    file["metadata/y"] = "z"
+
+
+def floats(file):
+    values = file["matrix/data"][:].astype(np.float32)
+    del file["matrix/data"]
+    file["matrix/data"] = values
+
+
+@pytest.mark.parametrize("change", [no_types, of_cellbender, floats])
+def test_an_h5_that_another_program_wrote_is_read(tmp_path, change):
+    matrix = a_matrix()
+    path = write_h5(tmp_path / "a.h5", *matrix)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    adata = sources.read_counts(path)
+    assert_holds(adata, *matrix)
+    pd.testing.assert_frame_equal(sources.read_genes(path), adata.var)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same barcodes", "other barcodes"])
+def test_two_genomes_are_put_together_if_they_have_the_same_barcodes(tmp_path, same):
+    counts, barcodes, ids, symbols = a_matrix()
+    path = write_h5(tmp_path / "a.h5", counts, barcodes, ids, symbols, genome="GRCh38")
+    other = write_h5(tmp_path / "b.h5", counts, barcodes if same else barcodes[::-1],
+                     [f"mm_{gene}" for gene in ids], symbols, genome="mm10")
+    with h5py.File(path, "r+") as file, h5py.File(other) as source:
+        source.copy("mm10", file)
+    if same:
+        adata = sources.read_counts(path)
+        assert_holds(adata, np.hstack([counts, counts]), barcodes,
+                     [*ids, *(f"mm_{gene}" for gene in ids)], symbols * 2)
+        pd.testing.assert_frame_equal(sources.read_genes(path), adata.var)
+    else:
+        with pytest.raises(InputError, match="2 genomes with different barcodes"):
+            sources.read_counts(path)
+
+
+@pytest.mark.parametrize(("counts", "barcodes", "features", "says"), [
+    (a_matrix()[0].T, "", "", "is spots x genes.*write its transpose"),
+    (a_matrix()[0], "barcode\n", "", "barcodes.tsv has 8 lines for 7.*'barcode', is a header"),
+    (a_matrix()[0], "", "id\tname\ttype\n", "features.tsv has 6 lines for 5.*'id', is a header"),
+], ids=["transposed", "barcodes with a header", "features with a header"])
+def test_a_trio_that_does_not_fit_says_why(tmp_path, counts, barcodes, features, says):
+    path = write_mtx(tmp_path, *a_matrix())
+    path.write_text(mtx_text(counts))
+    for name, header in (("barcodes.tsv", barcodes), ("features.tsv", features)):
+        table = tmp_path / name
+        table.write_text(header + table.read_text())
+    with pytest.raises(InputError, match=says):
+        sources.read_counts(path)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -410,12 +511,21 @@ def test_an_alignment_table_is_read(tmp_path, suffix):
     assert spots[["array_row", "array_col"]].to_numpy().tolist() == [[3, 1], [4, 2]]
 
 
+def test_an_alignment_table_without_selected_lists_selected_spots(tmp_path):
+    header = "x\ty\tpixel_x\tpixel_y\n"
+    path = write_text(tmp_path / "t.tsv", header + "1\t2\t10\t20\n3\t4\t30\t40\n")
+    assert sources.read_positions(path)["in_tissue"].tolist() == [True, True]
+    write_text(path, "x\tnew_y\tpixel_x\tpixel_y\n1\t2\t10\t20\n")
+    with pytest.raises(InputError, match=r"t\.tsv: its header lacks y; expected"):
+        sources.read_positions(path)
+
+
 @pytest.mark.parametrize(("damage", "says"), [
     (lambda text: "", "is empty"),
     (lambda text: "<html>404</html>\n", "not a position file"),
     (lambda text: text.replace(",", ";"), "not a position file"),
     (lambda text: text[:-12], "the line of TTG-1 is incomplete"),
-    (lambda text: text.replace("320", "far"), "damaged or incomplete"),
+    (lambda text: text.replace("320", "far"), "y holds 'far', which is no number"),
     (lambda text: text.replace("320", ""), "the line of TTG-1 is incomplete"),
     (lambda text: text.replace("320", "inf"), "the line of TTG-1 is incomplete"),
     (lambda text: text.replace(",7,", ",,"), "the line of CGA-1 is incomplete"),
@@ -576,6 +686,104 @@ def test_an_anndata_is_read_as_counts(tmp_path, matrix):
     assert_holds(sources.read_counts(tmp_path / "a.h5ad"), *expected)
 
 
+def test_an_anndata_of_an_old_version_is_read(tmp_path):
+    adata, (counts, barcodes, ids, symbols) = an_anndata()
+    obs = np.zeros(7, [("index", "S10"), ("in_tissue", "i8")])
+    var = np.zeros(5, [("index", "S10"), ("gene_name", "S10")])
+    obsm = np.zeros(7, [("spatial", "f8", (2,))])
+    obs["index"], obs["in_tissue"] = barcodes, [1, 0, 1, 1, 1, 1, 1]
+    var["index"], var["gene_name"], obsm["spatial"] = ids, symbols, adata.obsm["spatial"]
+    path = tmp_path / "old.h5ad"
+    with h5py.File(path, "w") as file:  # as anndata before 0.7 wrote it
+        file["obs"], file["var"], file["obsm"] = obs, var, obsm
+        file["X"] = counts.astype(np.float32)
+    read = sources.read_counts(path)
+    assert_holds(read, counts, barcodes, ids, symbols)
+    pd.testing.assert_frame_equal(sources.read_genes(path), read.var)
+    spots = sources.read_positions(path)
+    assert spots["in_tissue"].sum() == 6
+    assert spots[["x", "y"]].to_numpy().tolist() == adata.obsm["spatial"].tolist()
+    assert sources.scale_facts(path) == {}
+
+
+def test_counts_of_an_anndata_may_be_in_raw_with_genes_of_their_own(tmp_path):
+    adata, expected = an_anndata()
+    adata.raw = adata.copy()
+    adata = adata[:, 1:3].copy()
+    adata.X = adata.X.log1p()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    read = sources.read_counts(tmp_path / "a.h5ad")
+    assert_holds(read, *expected)
+    pd.testing.assert_frame_equal(sources.read_genes(tmp_path / "a.h5ad"), read.var)
+
+
+@pytest.mark.parametrize(("layers", "says"), [
+    (("spliced", "raw_counts"), "has no X. Its layers are raw_counts, spliced"),
+    ((), "has no X. It has no layers either")])
+@pytest.mark.parametrize("read", [sources.read_counts, sources.read_genes])
+def test_an_anndata_without_x_is_refused_with_the_names_of_its_layers(tmp_path, read, layers, says):
+    adata, _ = an_anndata()
+    for name in layers:
+        adata.layers[name] = adata.X
+    adata.X = None
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(InputError, match=rf'a\.h5ad {says}. Store the raw counts as X'):
+        read(tmp_path / "a.h5ad")
+
+
+def test_a_gene_of_an_anndata_without_id_keeps_its_name_and_without_type_is_a_gene(tmp_path):
+    adata, (counts, barcodes, ids, _) = an_anndata()
+    adata.var = pd.DataFrame({"gene_ids": ids, "feature_types": "Gene Expression"},
+                             index=[f"G{i}" for i in range(5)], dtype=object)
+    adata.var.loc["G2", ["gene_ids", "feature_types"]] = np.nan
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    expected = [*ids[:2], "G2", *ids[3:]]
+    assert_holds(sources.read_counts(tmp_path / "a.h5ad"), counts, barcodes, expected,
+                 [f"G{i}" for i in range(5)])
+
+
+PXL = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda adata, xy: adata.obsm.update(spatial=pd.DataFrame(
+        xy[:, ::-1], adata.obs_names, PXL)),
+    lambda adata, xy: adata.obsm.update(spatial=pd.DataFrame(
+        xy[:, ::-1], adata.obs_names, ["imagerow", "imagecol"])),
+    lambda adata, xy: adata.obsm.update(spatial=pd.DataFrame(xy, adata.obs_names, ["x", "y"])),
+    lambda adata, xy: adata.obsm.update(spatial=pd.DataFrame(xy, adata.obs_names, ["u", "v"])),
+    lambda adata, xy: adata.obsm.update(X_spatial=adata.obsm.pop("spatial")),
+    lambda adata, xy: (adata.obsm.update(spatial=xy[:, ::-1]),
+                       adata.obs.__setitem__(PXL, xy[:, ::-1])),
+], ids=["named, y first", "Seurat's names", "x and y", "other names", "X_spatial", "named in obs"])
+def test_named_coordinates_of_an_anndata_count_for_more_than_their_order(tmp_path, change):
+    adata, _ = an_anndata()
+    xy = adata.obsm["spatial"]
+    change(adata, xy)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert xy_of(sources.read_positions(tmp_path / "a.h5ad")).tolist() == xy.tolist()
+
+
+@pytest.mark.parametrize("value", [np.nan, 0, -1, "unknown"])
+def test_array_coordinates_that_say_nothing_are_left_out(tmp_path, value):
+    adata, _ = an_anndata(array_row=value, array_col=value)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    spots = sources.read_positions(tmp_path / "a.h5ad")
+    assert spots.attrs["kind"] == "h5ad, no array"
+    assert "array_row" not in spots
+
+
+def test_scale_factors_of_an_anndata_pass_over_members_that_are_no_library(tmp_path):
+    adata, _ = an_anndata()
+    library = {"images": {}, "scalefactors": {"bin_size_um": 8.0, "microns_per_pixel": 0.5}}
+    adata.uns["spatial"] = {"is_single": np.bool_(True), "A": library}
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert sources.scale_facts(tmp_path / "a.h5ad") == library["scalefactors"]
+    adata.uns["spatial"]["B"] = library  # which of the two is meant?
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert sources.scale_facts(tmp_path / "a.h5ad") == {}
+
+
 def test_normalised_values_in_an_anndata_are_an_error_that_says_where_counts_belong(tmp_path):
     adata, _ = an_anndata()
     adata.X = adata.X.log1p()
@@ -601,7 +809,8 @@ def test_a_broken_anndata_is_an_error_that_names_the_file(tmp_path, read, damage
     ([1, 0, 1, 1, 1, 1, 1], 6), ([True, False] * 3 + [True], 4),
     (pd.Categorical(["0", "1", "1", "0", "1", "1", "1"]), 5),
     ([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 1), (None, 7),
-], ids=["numbers", "truth", "categories", "decimals", "absent"])
+    (["TRUE", "FALSE"] * 3 + ["TRUE"], 4), (pd.Categorical(["in", "out"] * 3 + ["in"]), 4),
+], ids=["numbers", "truth", "categories", "decimals", "absent", "of R", "words"])
 def test_positions_of_an_anndata_are_its_own(tmp_path, in_tissue, n_in_tissue):
     columns = {} if in_tissue is None else {"in_tissue": in_tissue}
     adata, (_, barcodes, *_) = an_anndata(**columns)
@@ -613,6 +822,12 @@ def test_positions_of_an_anndata_are_its_own(tmp_path, in_tissue, n_in_tissue):
     assert spots["y"].tolist() == [0, 100, 200, 300, 400, 500, 600]
     assert "array_row" not in spots
     assert spots.attrs["kind"] == "h5ad, no array"
+
+
+def test_a_word_in_in_tissue_that_is_neither_true_nor_false_is_an_error(tmp_path):
+    an_anndata(in_tissue=["1", "maybe"] * 3 + ["1"])[0].write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(InputError, match="in_tissue of obs holds maybe, expected 1 or 0"):
+        sources.read_positions(tmp_path / "a.h5ad")
 
 
 def test_positions_of_an_anndata_may_stand_in_its_obs(tmp_path):
@@ -765,3 +980,25 @@ def test_olfactory_bulb_sections_join_with_all_their_spots(real_data, section, n
     # By hand: 21.62 px per column and 24.05 px per row, so neighbours on the diagonal are 32.34 px
     # apart.
     assert pitch(adata.obsm["spatial"], array_of(adata.obs)) == pytest.approx(32.34, abs=0.05)
+
+
+def test_real_files_of_old_and_foreign_writers_are_read_or_refused_for_the_right_reason(real_data):
+    real = real_data("real")
+    assert sources.read_counts(real / "multiple_genomes.h5").shape == (12, 686)
+    assert sources.read_genes(real / "anndata_v0.5.0.h5ad").shape == (765, 1)
+    with pytest.raises(InputError, match="values that are not counts"):  # it holds scaled values
+        sources.read_counts(real / "anndata_v0.5.0.h5ad")
+    with pytest.raises(InputError, match="has no X"):
+        sources.read_counts(real / "anndata_v0.11.4.h5ad")
+
+
+@pytest.mark.parametrize("folder",
+                         ["GSE240429", "MOB", "her2st", "real", "scMuscle", "spatialLIBD"])
+def test_no_real_section_is_a_mirror_image_of_its_array(real_data, folder):
+    files = [path for path in real_data(folder).rglob("*") if re.search(
+        r"tissue_positions|alignment_table|_selection", path.name)]
+    assert files
+    for path in files:
+        spots = sources.read_positions(path)
+        assert not mirrored(xy_of(spots), array_of(spots)), path
+        assert mirrored(xy_of(spots)[:, ::-1], array_of(spots)), path

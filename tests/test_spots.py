@@ -11,7 +11,15 @@ from heclip import sources
 from heclip.dataset import Section
 from heclip.files import InputError
 from heclip.preprocess import section_mpp
-from heclip.spots import array_of, lattice, neighbours, pitch, smooth
+from heclip.spots import (
+    array_of,
+    geometry_notes,
+    lattice,
+    mirrored,
+    neighbours,
+    pitch,
+    smooth,
+)
 
 
 def a_lattice(rows, cols, step, staggered, turn=0.0, stretch=1.0, keep=None):
@@ -298,3 +306,47 @@ def test_width_zero_smooths_nothing_and_a_lone_spot_stays_as_it_is():
     own = 1 / (1 + np.exp(-0.5))  # the other spot lies one width away
     expected = own * prediction[0] + (1 - own) * prediction[1]
     np.testing.assert_allclose(smooth(prediction, xy, 1.0)[0], expected)
+
+
+# --------------------------------------------------------------------------- what contradicts what
+
+
+def visium():
+    """Positions with a pitch of 40 px, and their array coordinates."""
+    table = lattice(400, 300, 40)
+    return table[["x", "y"]].to_numpy(), table[["array_row", "array_col"]].to_numpy(float)
+
+
+def turned(xy, degrees):
+    angle = np.radians(degrees)
+    return xy @ [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+
+
+@pytest.mark.parametrize("degrees", [0, 37, 90, 180, 270])
+def test_a_lattice_is_mirrored_if_it_is_so_in_any_rotation(degrees):
+    xy, array = visium()
+    assert not mirrored(turned(xy, degrees), array)
+    for image in (xy[:, ::-1], xy * [-1, 1], xy * [1, -1]):
+        assert mirrored(turned(image, degrees), array)
+
+
+@pytest.mark.parametrize("array", [None, np.zeros((86, 2)), np.full((86, 2), np.nan)])
+def test_without_an_array_nothing_is_known_of_a_mirror_image(array):
+    xy, _ = visium()
+    assert len(xy) == 86
+    assert not mirrored(xy[:, ::-1], array)
+
+
+@pytest.mark.parametrize("with_array", [True, False])
+@pytest.mark.parametrize(("mpp", "stated", "says"), [
+    (2.5, {"the file": 2.5}, []), (2.5, {"the file": 2.7}, []), (2.5, {"the file": None}, []),
+    (2.5, {"the file": 2.8}, ["2.5 µm wide, but the file say 2.8"]),
+    (2.0, {"the file": 2.5}, ["2 µm wide, but the file say 2.5",
+                              "but neighbouring spots, if they are 100 µm apart, say 2.5"]),
+])
+def test_a_scale_that_is_off_by_more_than_a_tenth_is_said(mpp, stated, says, with_array):
+    xy, array = visium()
+    notes = geometry_notes(xy, array if with_array else None, mpp, 100, stated)
+    assert len(notes) == len(says)
+    for note, text in zip(notes, says, strict=True):
+        assert text in note

@@ -8,7 +8,7 @@ from test_slide import a_slide, write_pyramid
 from heclip import sources, tissue
 from heclip.slide import open_slide, shrunk
 from heclip.spots import lattice
-from heclip.tissue import find_tissue, otsu, share_on_tissue
+from heclip.tissue import doubt_about, find_tissue, otsu, share_on_tissue
 
 # ------------------------------------------------------------------------- thumbnail and tissue
 
@@ -88,6 +88,38 @@ def test_glass_has_no_tissue(picture):
     assert not find_tissue(picture, 8).any()
 
 
+def a_field(colour=(30, -30, 10), grain=25, seed=0):
+    """A picture that lies wholly inside tissue: a pale and a dark part, both textured."""
+    rng = np.random.default_rng(seed)
+    level = np.where(np.arange(300) < 140, 170, 110)[None, :, None]
+    cells = scipy.ndimage.gaussian_filter(rng.normal(0, 2 * grain, (200, 300)), 0.7)[..., None]
+    return np.clip(level + cells + np.array(colour), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("picture", [
+    a_field(), a_field(colour=(0, 0, 0)), a_field()[:, :140], a_field()[:40, :40],
+    a_field(colour=(40, -40, 20), grain=2)[:, :140]],
+    ids=["two stains", "grey", "one stain", "a small core", "smooth"])
+def test_a_picture_without_glass_is_all_tissue_and_that_is_said(picture):
+    found = find_tissue(picture, 8)
+    assert found.all()
+    assert "no glass is seen" in doubt_about(picture, 8, found)
+
+
+@pytest.mark.parametrize(("glass", "says"), [
+    ((242, 240, 241), None), ((245, 225, 205), "is coloured"), ((235, 215, 240), "is coloured"),
+    ("rough", "is textured")])
+def test_glass_that_does_not_look_like_it_is_doubted(glass, says):
+    picture, painted = a_section(colour=(120, 60, 110), grain=60)
+    rough = np.random.default_rng(0).integers(225, 243, picture.shape[:2])[..., None]
+    picture[~painted] = np.broadcast_to(rough if glass == "rough" else glass, picture.shape)[
+        ~painted]
+    found = find_tissue(picture, 8)
+    assert overlap(found, painted) > 0.9
+    doubt = doubt_about(picture, 8, found)
+    assert says in doubt if says else doubt is None
+
+
 def test_otsu_is_the_threshold_of_least_variance_within_the_classes():
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(10, 3, 900), rng.normal(60, 8, 300)])
@@ -125,9 +157,20 @@ def test_tissue_of_real_sections_is_where_their_authors_saw_it(real_data):
             thumbnail, scale = tissue.thumbnail(opened, 6.18)
         spots = sources.read_positions(next(folder.rglob(f"alignment_table_{section}*")))
         found = share_on_tissue(spots, find_tissue(thumbnail, 6.18), scale, 100 / 6.18) >= 0.25
+        assert doubt_about(thumbnail, 6.18, find_tissue(thumbnail, 6.18)) is None
         true = spots["in_tissue"].to_numpy()
         assert (found & true).sum() > 0.92 * true.sum()
         assert (found & true).sum() > 0.97 * found.sum()
+
+
+@pytest.mark.parametrize("section", ["MOB1", "MOB3"])
+def test_a_field_inside_a_real_section_is_all_tissue(real_data, section):
+    folder = real_data("MOB") / "inst" / "extdata"
+    spots = sources.read_positions(next(folder.rglob(f"alignment_table_{section}*")))
+    x, y = spots.loc[spots["in_tissue"], ["x", "y"]].median().astype(int)
+    with open_slide(next(folder.rglob(f"{section}.jpg"))) as opened:
+        field = opened.region(opened.levels[0], x - 146, y - 146, 292, 292)
+    assert find_tissue(field, 6.18).all()
 
 
 # --------------------------------------------------------------------------- spots

@@ -33,16 +33,18 @@ from .prediction import (
     fresh_embeddings,
     predict as predict_from,
 )
+from .retrieval import crowded
 from .settings import predicting
-from .slide import THUMBNAIL, SpotPatches, microns_per_pixel, open_slide, shrunk
-from .spots import array_of, lattice, pitch as spot_pitch
+from .slide import THUMBNAIL, SpotPatches, microns_per_pixel, open_slide, shrunk, stated_mpp
+from .spots import array_of, geometry_notes, lattice, pitch as spot_pitch
 
 VISIUM_UM = 100  # distance of neighbouring spots, if it cannot be found from the reference
 FINGERPRINT = 1 << 20  # bytes at either end of a slide's file that distinguish it from others
 
 
-def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=None, name=None,
-                  batch_size=128, device="auto", compile=False, save_path=None, **how):
+def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, whole_image=False,
+                  recipe=None, name=None, batch_size=128, device="auto", compile=False,
+                  save_path=None, **how):
     """Predict a slide's expression from its image alone.
 
     model: (dataset, "heg" or "hvg", or one of these with "_paper"), or the path of a checkpoint
@@ -53,6 +55,7 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=
     pitch: distance of neighbouring spots in µm; default: the reference's.
     positions: spots to use instead of a lattice on the tissue: a position file that
     sources.read_positions can read, or a table as it returns.
+    whole_image: the lattice covers all of the image, which shows tissue and no glass.
     recipe, and retrieval, k, centre, views, smoothing: as in infer.py; default: those of the
     model's recipe.
     name: of the slide in uns["spatial"]. save_path: that of main.py, if the model is given by its
@@ -74,8 +77,8 @@ def predict_slide(model, image, mpp=None, *, pitch=None, positions=None, recipe=
         raise InputError(f"{trained.path} was trained on {trained.settings.dataset} "
                          f"{trained.name}, not on {run.dataset} {run.name}. Train again")
     return predict_with(
-        trained, image, mpp, pitch=pitch, positions=positions, run=run, name=name,
-        how=predicting(recipe or trained.settings.recipe, how), batch_size=batch_size,
+        trained, image, mpp, pitch=pitch, positions=positions, whole_image=whole_image, run=run,
+        name=name, how=predicting(recipe or trained.settings.recipe, how), batch_size=batch_size,
         device=device, compile=compile)
 
 
@@ -109,8 +112,8 @@ def predict(adata, image, model, mpp=None, **options):
     return prediction
 
 
-def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=None, name=None,
-                 batch_size=128, device="auto", compile=False):
+def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, whole_image=False,
+                 run=None, name=None, batch_size=128, device="auto", compile=False):
     """What `predict_slide` does, with a model that has been loaded: a Trained.
 
     how: a Predicting. run: the Run whose saved embeddings of the reference's images may be read;
@@ -130,17 +133,22 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
         crop = trained.patch_um / mpp
         warn_of_resolution(image, mpp, crop, trained.patch_px)
         thumbnail, scale = tissue.thumbnail(slide, mpp)
+        pitch_um, notes = pitch or own.pitch_um, []
         if positions is None:
-            spots = spots_on_tissue(slide, thumbnail, scale, mpp, pitch or own.pitch_um,
-                                    own.spot_um)
+            found = tissue_of(thumbnail, mpp / scale, whole_image, notes)
+            spots = spots_on_tissue(slide, found, scale, pitch_um / mpp, own.spot_um / mpp)
         else:
             spots = given_spots(positions)
+        notes += notes_on_slide(slide, spots, mpp, pitch_um)
+        warn_of(notes, slide.path)
         xy = spots[["x", "y"]].to_numpy(np.float64)
         device = command.pick_device(device)
         trained.network.to(device, memory_format=torch.channels_last)
         if compile:
             trained.network.image_encoder.compile()
         reference = read_reference(trained, processed, run, how, device, batch_size)
+        if not trained.is_regression:
+            warn_of(filter(None, [crowded(how.k, len(reference.expression))]), trained.path)
         patches = SpotPatches(slide, xy, crop, trained.patch_px, device)
         order = torch.from_numpy(patches.order)
         embeddings = torch.empty(len(spots), trained.network.width)
@@ -148,7 +156,7 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
             trained.network, patches, order, batch_size, how.views).cpu()
 
     predicted = predict_from(embeddings, xy, reference, how, trained.is_regression)
-    library = slide_library(thumbnail, scale, mpp, own.spot_um, Path(image).name)
+    library = slide_library(thumbnail, scale, mpp, own.spot_um, Path(image).name, notes)
     about = {"query": slide_identity(image), "reference": list(trained.reference),
              "how": asdict(how), "unit": "log-normalised expression", "model": trained.facts()}
     return anndata.AnnData(
@@ -158,16 +166,24 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, run=No
         uns={"spatial": {name or Path(image).stem: library}, "heclip": json.dumps(about)})
 
 
-def slide_library(thumbnail, scale, mpp, spot_um, file_name):
-    """The entry of a slide in uns["spatial"]: picture, scale factors, µm per pixel.
+def warn_of(notes, path):
+    """Warn of each note, after the name of the file that it is about."""
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=4)
 
-    scale: thumbnail pixels per full-resolution pixel. spot_um: diameter of a spot in µm.
+
+def slide_library(thumbnail, scale, mpp, spot_um, file_name, notes):
+    """The entry of a slide in uns["spatial"]: picture, scale factors, µm per pixel, notes.
+
+    scale: thumbnail pixels per full-resolution pixel. spot_um: diameter of a spot in µm. notes: a
+    list of text on what may be wrong.
     """
     shrink = -(-max(thumbnail.shape) // THUMBNAIL)
     return {"images": {"hires": shrunk(thumbnail, shrink)},
             "scalefactors": {"tissue_hires_scalef": scale / shrink,
                              "spot_diameter_fullres": spot_um / mpp},
-            "metadata": {"mpp": mpp, "source_image_path": file_name}}
+            "metadata": {"mpp": mpp, "source_image_path": file_name,
+                         "notes": "\n".join(notes)}}
 
 
 def slide_identity(image):
@@ -257,18 +273,40 @@ def image_embeddings(trained, processed, run, section, views, device, batch_size
 # ---------------------------------------------------------------------------------------- the spots
 
 
-def spots_on_tissue(slide, thumbnail, scale, mpp, pitch_um, spot_um):
+def tissue_of(thumbnail, um, whole_image, notes):
+    """Where a slide shows tissue: bool (h, w), all True with whole_image.
+
+    thumbnail: uint8 (h, w, 3), `um` microns a pixel. notes: a list of text that is added to, if all
+    of it is taken for tissue, or if what is taken for glass does not look like it.
+    """
+    if whole_image:
+        return np.ones(thumbnail.shape[:2], bool)
+    found = tissue.find_tissue(thumbnail, um)
+    if found.any() and (doubt := tissue.doubt_about(thumbnail, um, found)):
+        notes.append(doubt)
+    return found
+
+
+def notes_on_slide(slide, spots, mpp, pitch_um):
+    """What contradicts the places and the scale of spots on a slide: a list of text."""
+    stated = {"facts in the image file": stated_mpp(slide)}
+    return geometry_notes(spots[["x", "y"]].to_numpy(np.float64), array_of(spots), mpp, pitch_um,
+                          stated)
+
+
+def spots_on_tissue(slide, found, scale, pitch, diameter):
     """The spots of a lattice that lie on tissue: a table of x, y, array_row, array_col, in_tissue.
 
-    scale: thumbnail pixels per full-resolution pixel. Raises InputError if there is no tissue.
+    found: bool (h, w), the tissue, `scale` of its pixels per full-resolution pixel. pitch and
+    diameter of the spots are in full-resolution pixels. Raises InputError if none lies on tissue.
     """
-    found = tissue.find_tissue(thumbnail, mpp / scale)
-    spots = lattice(slide.width, slide.height, pitch_um / mpp)
-    share = tissue.share_on_tissue(spots, found, scale, spot_um / mpp)
+    spots = lattice(slide.width, slide.height, pitch)
+    share = tissue.share_on_tissue(spots, found, scale, diameter)
     spots = spots[share >= tissue.ON_TISSUE]
     if not len(spots):
         raise InputError(f"{slide.path}: no tissue found. Is it a bright-field image of a stained "
-                         "section? If so, give the spots with --positions")
+                         "section? If so, predict all of it with --whole_image, or give the spots "
+                         "with --positions")
     return spots.assign(in_tissue=True)
 
 

@@ -28,6 +28,7 @@ class Section:
     n_spots: the number of spots under tissue that its authors report; another number is an error.
     pitch_um: distance of neighbouring spots in microns, if it is not the dataset's.
     mpp: microns per pixel of the image, if they are known from another source than the pitch.
+    stated_mpp: what the section's other files say of it. It is not used, only compared.
     scale: pixels of the image per pixel of the positions; below 1 if the image is smaller than the
     one that the positions refer to.
     new_ids: gene id -> the id that the other sections have for it.
@@ -42,6 +43,7 @@ class Section:
     n_spots: int | None = None
     pitch_um: float | None = None
     mpp: float | None = None
+    stated_mpp: float | None = None
     scale: float = 1.0
     new_ids: dict = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ seeded.
 
 from math import ceil, log
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ SPOT_COLOUR = "#009540"  # far from every colour of haematoxylin and eosin
 EXPRESSION_COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0.07, 1, 256)))
 # Okabe and Ito's, which colour-blind readers tell apart.
 GROUP_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+NOTE_COLOUR = "#B00020"
 DPI = 200  # of the parts drawn in pixels
 NO_DATES = {".pdf": {"CreationDate": None, "ModDate": None}, ".svg": {"Date": None}}
 
@@ -37,6 +39,8 @@ def spots_over_slide(section, name, path):
     A wrong alignment, a swapped x and y or a flipped image is seen at a glance, because the circles
     leave the tissue.
 
+    What is said to be wrong with the section's places and scale is written below.
+
     section: AnnData with obsm["spatial"] (n_spots, 2), x and y in full-resolution pixels, and
     uns["spatial"]. name: the title. path: of the picture; its suffix sets the format.
     """
@@ -46,7 +50,13 @@ def spots_over_slide(section, name, path):
     right, bottom = np.maximum(view.spots.max(0) + view.diameter, view.size)
     extent = np.array([right - left, bottom - top])
     width, height = 5 * extent / extent.max()  # inches
-    figure = Figure(figsize=(2 * width + 0.3, height + 0.65))
+    across = 2 * width + 0.3
+    # A letter is 0.075 inches wide on average, and a line 0.16 inches high.
+    lines = [line for note in view.notes for line in wrap(note, max(20, int(across / 0.075)))]
+    figure = Figure(figsize=(across, height + 0.65 + 0.16 * len(lines)))
+    if lines:
+        figure.text(0.1 / across, 0.05 / figure.get_figheight(), "\n".join(lines), va="bottom",
+                    fontsize=8, linespacing=1.3, color=NOTE_COLOUR)
     bare, circled = (_axes(figure, x, 0.35, width, height) for x in (0.1, width + 0.2))
     for axes in (bare, circled):
         _draw_slide(axes, view, view.image, (left, right, bottom, top))
@@ -268,6 +278,7 @@ class _View(NamedTuple):
     spots: np.ndarray  # (n_spots, 2), x and y of the centres from the top left corner
     diameter: float
     mpp: float  # microns per full-resolution pixel
+    notes: list  # what is said to be wrong with its places and scale
 
 
 def _view(section):
@@ -278,7 +289,8 @@ def _view(section):
     mm = mpp / 1000  # width of one full-resolution pixel
     size = np.array(image.shape[1::-1]) / factors["tissue_hires_scalef"] * mm
     spots, diameter = section.obsm["spatial"] * mm, factors["spot_diameter_fullres"] * mm
-    return _View(name, image, size, spots, diameter, mpp)
+    notes = library["metadata"].get("notes", "").splitlines()  # other programs write none
+    return _View(name, image, size, spots, diameter, mpp, notes)
 
 
 def _frame(view):

@@ -47,12 +47,16 @@ class Panel:
         """The stem of the panel's file name."""
         return run_name(self.kind, self.protocol)
 
+    @property
+    def absent(self):
+        """Markers that are no genes of the panel: sorted symbols."""
+        return sorted(set(self.markers) - set(self.genes["symbol"]))
+
     def write(self, path):
         """Write the panel as CSV by gene id. The first line says how it was chosen."""
-        absent = sorted(set(self.markers) - set(self.genes["symbol"]))
         how = {"type": self.kind, "protocol": self.protocol, "sections": list(self.sections),
                "n_top": self.n_top, "ranked_by": IN_WORDS[self.kind], "markers": list(self.markers),
-               "markers_not_in_panel": absent}
+               "markers_not_in_panel": self.absent}
         with atomic_path(path) as temporary, open(temporary, "w") as file:
             file.write(f"# {json.dumps(how)}\n")
             self.genes.to_csv(file)

@@ -15,10 +15,10 @@ from . import expression, figures, slide, sources
 from .dataset import ROOT, Dataset, Processed, patches_digest, section_digest
 from .files import InputError, atomic_path, locked, sha256, write_h5ad
 from .panel import choose_panel, read_panel
-from .spots import array_of, pitch
+from .spots import array_of, geometry_notes, pitch
 
 DRAWING = threading.Lock()  # matplotlib is not thread-safe
-FORMAT = 2  # of the processed files; with a higher one every section is made again
+FORMAT = 3  # of the processed files; with a higher one every section is made again
 
 
 def prepare(dataset, raw, protocol="strict", workers=1, only=None):
@@ -53,8 +53,14 @@ def prepare(dataset, raw, protocol="strict", workers=1, only=None):
     print(shown.to_string(float_format="%.4f"))
     common = set.intersection(*(set(var.index) for var in genes.values()))
     print(f"{len(common):,} genes are in every section")
+    symbols = set().union(*(var["symbol"] for var in genes.values()))
+    if unknown := [marker for marker in dataset.markers if marker not in symbols]:
+        print(f"warning: no section has a gene of the name {', '.join(unknown)}. These markers are "
+              "not scored. Check their spelling")
     for path in sorted(processed.folder.glob("panel_*.csv")):
-        print(f"panel {path.stem.removeprefix('panel_')}: {len(read_panel(path))} genes")
+        panel = read_panel(path)
+        absent = f", without the markers {', '.join(panel.absent)}" if panel.absent else ""
+        print(f"panel {path.stem.removeprefix('panel_')}: {len(panel)} genes{absent}")
     print(f"Look at {ROOT / 'figure' / 'QC' / dataset.name}: every spot must lie on its tissue.")
 
 
@@ -165,13 +171,17 @@ def write_section(dataset, section, files, adata, processed):
     # Both get their names at the very end, one right after the other, so that the patches of one
     # version do not meet the expression of another.
     with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
-        thumbnail, scale = write_patches(dataset, files["image"], adata, mpp, patches,
-                                         processed.folder)
+        thumbnail, scale, image_mpp = write_patches(dataset, files["image"], adata, mpp, patches,
+                                                    processed.folder)
+        notes = geometry_notes_of(section, adata, mpp, image_mpp, dataset.pitch_um)
+        for note in notes:
+            print(f"warning: {section.name}: {note}", flush=True)
         adata.uns["patches_digest"] = patches_digest(np.load(patches, mmap_mode="r"))
         adata.uns["spatial"] = {section.name: {
             "images": {"hires": thumbnail},
             "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
-            "metadata": {"mpp": mpp, "source_image_path": files["image"].name}}}
+            "metadata": {"mpp": mpp, "source_image_path": files["image"].name,
+                         "notes": "\n".join(notes)}}}
         write_h5ad(adata, h5ad)
         for kind in ("hvg", "heg"):  # these were corrected from the expression replaced now
             processed.corrected_path(section.name, kind).unlink(missing_ok=True)
@@ -201,6 +211,8 @@ def read_section(dataset, section, files):
     names = dict.fromkeys(path.name for path in files.values())
     print(f"{section.name}: reading {', '.join(names)}", flush=True)
     counts, spots = sources.read_counts(files["counts"]), read_spots(section, files["positions"])
+    if left_out := counts.uns.pop("no_genes"):
+        print(f"{section.name}: {left_out} are no genes and are left out", flush=True)
     counts.var_names = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
     adata = sources.join(counts, spots, files["counts"], files["positions"])
     if files["image"].suffix == ".h5":
@@ -251,18 +263,18 @@ def write_patches(dataset, image, adata, mpp, path, scratch):
     """Write the patches of a section's spots, from its image or from a file of patches.
 
     Adds two entries to adata.uns: crop_px, what a patch shows in full-resolution pixels, and
-    padded, the number of patches that reach over the image's edge. Returns the thumbnail and its
-    pixels per full-resolution pixel.
+    padded, the number of patches that reach over the image's edge. Returns the thumbnail, its
+    pixels per full-resolution pixel, and the microns per pixel that the image states, or None.
     """
     stored = slide.StoredPatches(image) if image.suffix == ".h5" else None
     adata.uns["crop_px"] = crop_px = crop_size(dataset, mpp, stored, adata)
     if stored:
         adata.uns["padded"] = 0
-        return stored.write(adata, crop_px, dataset.patch_px, path)
+        return *stored.write(adata, crop_px, dataset.patch_px, path), None
     with slide.open_slide(image, scratch) as opened:
         thumbnail, scale, adata.uns["padded"] = slide.crop_patches(
             opened, adata.obsm["spatial"], crop_px, path, dataset.patch_px)
-    return thumbnail, scale
+        return thumbnail, scale, slide.stated_mpp(opened)
 
 
 def section_mpp(section, adata, positions_path, pitch_um=Dataset.pitch_um):
@@ -279,6 +291,16 @@ def section_mpp(section, adata, positions_path, pitch_um=Dataset.pitch_um):
     except ValueError as error:
         raise InputError(f"{positions_path}: {error}. Check that this is the section's own "
                          "position file") from None
+
+
+def geometry_notes_of(section, adata, mpp, image_mpp, pitch_um=Dataset.pitch_um):
+    """What contradicts a section's places and scale: a list of text (see `geometry_notes`).
+
+    image_mpp: microns per pixel that the image file states, or None.
+    """
+    stated = {"the section's own files": section.stated_mpp, "facts in the image file": image_mpp}
+    return geometry_notes(adata.obsm["spatial"], array_of(adata.obs), mpp,
+                          section.pitch_um or pitch_um, stated)
 
 
 def write_panel(dataset, processed, genes, kind, protocol):

@@ -47,6 +47,14 @@ def retrieve(query, reference, k=50, block=4096):
     return torch.cat(indices).cpu().numpy(), torch.cat(similarities).cpu().numpy()
 
 
+def crowded(k, n_reference):
+    """What to say if k is not well below the number of reference spots, else None."""
+    if 2 * k <= n_reference:
+        return None
+    return (f"K is {k} of {n_reference} reference spots, so every prediction is close to their "
+            "mean. Give a smaller --k or more reference spots")
+
+
 def centre(query, sections):
     """Subtract each section's mean from its embeddings; stain, scanner and batch move that mean.
 

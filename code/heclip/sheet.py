@@ -22,7 +22,7 @@ import pandas as pd
 from . import preprocess, slide, sources
 from .dataset import ROOT, Section
 from .files import InputError, first_line
-from .spots import array_of
+from .spots import array_of, staggered
 
 NEEDED = ["section", "counts", "donor", "role"]
 KNOWN = [*NEEDED, "image", "positions", "mpp", "pitch", "scale", "bin"]
@@ -34,6 +34,7 @@ POSITIONS = ["tissue_positions.csv", "tissue_positions.csv.gz",
              "tissue_positions_list.txt", "tissue_positions_list.txt.gz",
              "tissue_positions.parquet", "tissue_positions.parquet.gz"]
 SCALE_FACTORS = ["scalefactors_json.json", "scalefactors_json.json.gz"]
+ST_UM = 200  # distance of neighbouring spots on the array of 33 x 35 spots
 ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 
@@ -97,8 +98,12 @@ def read_lines(path):
     try:
         with sources.open_text(path) as file:
             text = file.read()
-        head = text.split("\n")[0]
-        rows = list(csv.reader(text.splitlines(), delimiter=max(",;\t", key=head.count)))
+        lines = text.splitlines()
+        skipped = 0
+        if lines and re.fullmatch(r'"?sep=.?"?', lines[0].strip()):  # Excel's, for itself
+            skipped = 1
+        head = "".join(lines[skipped:skipped + 1])
+        rows = list(csv.reader(lines[skipped:], delimiter=max(",;\t", key=head.count)))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: the sample sheet") from None
     except (OSError, ValueError, EOFError, csv.Error) as error:
@@ -108,7 +113,7 @@ def read_lines(path):
     if len(set(columns)) < len(columns):
         raise InputError(f"{path}: a column stands twice in its first line, {head!r}. Rename one")
     cells = {}
-    for line, row in enumerate(rows[1:], 2):
+    for line, row in enumerate(rows[1:], skipped + 2):
         if not any(map(str.strip, row)):
             continue
         if len(row) > len(columns):
@@ -126,7 +131,7 @@ def read_line(row, folder, name, problems):
     def given(column):
         return (folder / Path(row[column]).expanduser()).resolve() if row[column] else None
 
-    counts = positions = image = pitch_um = mpp = None
+    counts = positions = image = pitch_um = mpp = lattice = None
     scale, numbers = 1.0, {}
     for column in ("mpp", "pitch"):
         with collecting(problems, name):
@@ -143,12 +148,14 @@ def read_line(row, folder, name, problems):
         with collecting(problems, name):
             scale = find_scale(row["scale"], positions, image)
         with collecting(problems, name):
-            pitch_um, mpp = stated_pitch(positions)
-    if numbers.get("pitch"):  # a stated pitch counts for more than the files' own mpp
-        mpp = None
+            pitch_um, mpp, lattice = stated_scale(positions, asked=any(numbers.values()))
+            mpp = mpp and mpp / scale
+    # A pitch counts for more than the files' own mpp, because it can be measured in pixels.
+    by_pitch = numbers.get("pitch") or (lattice and pitch_um)
     return Section(
         name=row["section"], donor=row["donor"], role=row["role"], counts=counts,
-        positions=positions, image=image, scale=scale, mpp=numbers.get("mpp") or mpp,
+        positions=positions, image=image, scale=scale, stated_mpp=mpp,
+        mpp=numbers.get("mpp") or (None if by_pitch else mpp),
         pitch_um=numbers.get("pitch") or pitch_um)
 
 
@@ -270,14 +277,7 @@ def find_scale(text, positions, image):
             raise InputError(f"scale is {text!r}, expected a number above 0, hires or "
                              "lowres") from None
     if positions.suffix == ".h5ad":
-        factors = {}
-        with sources.opened_h5ad(positions) as file:
-            libraries = []
-            if "spatial" in file.get("uns", ()):
-                libraries = list(file["uns/spatial"].values())
-            if len(libraries) == 1:
-                factors = dict(anndata.io.read_elem(libraries[0]["scalefactors"]))
-        where = f"{positions}: uns['spatial']"
+        factors, where = sources.scale_facts(positions), f"{positions}: uns['spatial']"
     else:
         where = scale_factors_file(positions, image)
         if where is None:
@@ -298,29 +298,55 @@ def scale_factors_file(positions, image):
     return None
 
 
-def stated_pitch(positions):
+def stated_scale(positions, asked=True):
     """The resolution that the files themselves state.
 
-    Returns (distance of neighbouring spots in microns, microns per pixel); at least one is None.
-    The distance is the bin size of Visium HD. HEST's metadata state both; the distance is preferred
-    if there is a lattice, because it can be measured in pixels then.
+    asked: whether the sheet states a resolution. If it does not, and the positions are an ST table,
+    the spots of an array of 33 x 35 are 200 µm apart; those of other arrays are unknown.
+    Returns (distance of neighbouring spots in microns or None, microns per pixel of the positions
+    or None, whether there is a lattice, in which the distance can be measured).
+    Raises InputError for an ST table of unknown resolution.
     """
-    if positions.suffix != ".h5ad":
-        size = re.search(r"square_(\d{3})um", positions.parent.parent.name)
+    pitch_um = mpp = size = None
+    lattice = True
+    if positions.suffix == ".h5ad":
+        metadata = positions.parent.parent / "metadata" / f"{positions.stem}.json"
+        facts, where = sources.scale_facts(positions), positions
+        with sources.opened_h5ad(positions) as file:
+            lattice = array_of(anndata.io.read_elem(file["obs"])) is not None
+        if metadata.exists():  # HEST's
+            row = read_json(metadata)
+            pitch_um, mpp = (number(str(row.get(key) or ""), f"{key} of {metadata}")
+                             for key in ("inter_spot_dist", "pixel_size_um_estimated"))
+    else:
         where = scale_factors_file(positions, None)
-        stated = read_json(where).get("bin_size_um") if where else None
-        if not stated and size:
-            stated = float(size[1])
-        return stated or None, None
-    metadata = positions.parent.parent / "metadata" / f"{positions.stem}.json"
-    if not metadata.exists():
-        return None, None
-    row = read_json(metadata)
-    with sources.opened_h5ad(positions) as file:
-        lattice = {"array_row", "array_col"} <= set(file["obs"])
-    pitch_um, mpp = (number(str(row.get(key) or ""), f"{key} of {metadata}")
-                     for key in ("inter_spot_dist", "pixel_size_um_estimated"))
-    return (pitch_um, None) if lattice and pitch_um else (None, mpp)
+        facts = read_json(where) if where else {}
+        size = re.search(r"square_(\d{3})um", positions.parent.parent.name)
+        if not asked and not size and is_st_table(positions):
+            pitch_um = ST_UM
+    bin_um, of_facts = (number(str(facts.get(key) or ""), f"{key} of {where}")
+                        for key in ("bin_size_um", "microns_per_pixel"))
+    pitch_um = pitch_um or bin_um or (float(size[1]) if size else None)
+    return pitch_um, mpp or of_facts, lattice
+
+
+def is_st_table(positions):
+    """Whether a position file is the alignment table of an ST array of 33 x 35 spots.
+
+    Raises InputError if it is that of another array, whose distance of spots is unknown.
+    """
+    try:
+        spots = sources.read_positions(positions)
+    except InputError:  # it is reported where positions are read
+        return False
+    if spots.attrs["kind"] != "alignment table":
+        return False
+    array = spots[["array_row", "array_col"]].to_numpy()
+    if array.max() <= 36 and not staggered(array):
+        return True
+    raise InputError(f"{positions} is an ST alignment table, but not of the array of 33 x 35 spots "
+                     f"that are {ST_UM} µm apart. Give the distance of neighbouring spots in the "
+                     "column pitch")
 
 
 def read_json(path):
@@ -358,16 +384,23 @@ def one_of(folder, endings, prefix=""):
 # -------------------------------------------------------------------------------------------- genes
 
 
-def share_genes(sections, problems):
+def share_genes(sections, problems, symbols=()):
     """Give the same ids to sections that name the same genes in different ways.
 
-    problems: a list that is added to. Returns (sections, lines that report the changes).
+    problems: a list that is added to. symbols: the Path of a table of gene symbols, as --symbols
+    names it, whose symbols count for more than those of the sections; or ().
+    Returns (sections, lines that report the changes).
     """
-    tables = {}
+    tables, known = {}, None
+    if symbols:
+        with collecting(problems, "--symbols"):
+            known = sources.read_symbols(symbols)
     for section in sections:
         if section.counts:
             with collecting(problems, section.name):
-                tables[section.name] = sources.read_genes(section.counts)
+                table = tables[section.name] = sources.read_genes(section.counts)
+                if known is not None:
+                    table["symbol"] = known.reindex(table.index).fillna(table["symbol"])
     new_ids, report = agree(tables)
     sections = [replace(section, new_ids=new_ids.get(section.name, {})) for section in sections]
     return sections, report
@@ -493,11 +526,13 @@ def inspect(section, cut, problems, notes):
     row = {"section": name, "donor": section.donor, "role": section.role, "spots": np.nan,
            "genes": np.nan, "median counts": np.nan, "mpp": np.nan, "patch µm": np.nan,
            "image": "", "positions": "", "inside": ""}
-    counts = spots = adata = stored = None
+    counts = spots = adata = stored = image_mpp = None
     if section.counts:
         with collecting(problems, name):
             counts = sources.read_counts(section.counts)
             row["genes"] = counts.n_vars
+            if left_out := counts.uns["no_genes"]:
+                notes.append(f"{name}: {left_out} are no genes and are left out")
     if section.positions:
         with collecting(problems, name):
             spots = preprocess.read_spots(section, section.positions)
@@ -512,7 +547,7 @@ def inspect(section, cut, problems, notes):
                              "they are left out")
     if section.image:
         with collecting(problems, name):
-            adata, stored = inspect_image(section, spots, adata, row)
+            adata, stored, image_mpp = inspect_image(section, spots, adata, row)
     if adata is not None:
         with collecting(problems, name):
             total = np.asarray(adata.X.sum(axis=1)).ravel()
@@ -523,7 +558,8 @@ def inspect(section, cut, problems, notes):
             mpp = row["mpp"] = preprocess.section_mpp(section, adata, section.positions)
             crop_px = preprocess.crop_size(cut, mpp, stored, adata)
             row["patch µm"] = crop_px * mpp
-            notes += contradiction(section, adata, mpp)
+            found = preprocess.geometry_notes_of(section, adata, mpp, image_mpp)
+            notes += [f"{name}: {note}" for note in found]
     ids = None
     if counts is not None:
         ids = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
@@ -534,23 +570,24 @@ def inspect_image(section, spots, adata, row):
     """Fill a section's `row` with what its image is, and how many spots lie inside it.
 
     spots, adata: the section's positions, and its spots with counts; None if they cannot be read.
-    Returns (adata, its spots that have a patch; StoredPatches, or None for an image).
+    Returns (adata, its spots that have a patch; StoredPatches, or None for an image; microns per
+    pixel that the image file states, or None).
     """
     if section.image.suffix == ".h5":
         stored = slide.StoredPatches(section.image)
         row["image"] = f"patches of {stored.side} px"
         if adata is None:
-            return None, stored
+            return None, stored, None
         with_patch = stored.of(adata)
         row["inside"] = f"{with_patch.n_obs} of {adata.n_obs}"
-        return with_patch, stored
+        return with_patch, stored, None
     with slide.open_slide(section.image) as opened:
         row["image"] = f"{opened.width} x {opened.height}"
         if spots is not None:
             xy = spots.loc[spots["in_tissue"], ["x", "y"]].to_numpy()
             row["inside"] = f"{len(xy) - slide.outside(opened, xy).sum()} of {len(xy)}"
             check_spots_inside(section, opened, xy)
-    return adata, None
+        return adata, None, slide.stated_mpp(opened)
 
 
 def check_fullest(section, most, least):
@@ -558,17 +595,6 @@ def check_fullest(section, most, least):
     if most < least:
         raise InputError(f"no spot of {section.counts} has {least} counts or more (--min_counts); "
                          f"the fullest has {most}")
-
-
-def contradiction(section, adata, mpp):
-    """A list with a note if the stated mpp and that of the lattice differ by over 10 %, else []."""
-    if not section.mpp or array_of(adata.obs) is None:
-        return []
-    by_pitch = preprocess.section_mpp(replace(section, mpp=None), adata, section.positions)
-    if abs(by_pitch / mpp - 1) <= 0.1:
-        return []
-    return [f"{section.name}: mpp is {mpp:.4g} as stated, but {by_pitch:.4g} if neighbouring spots "
-            f"are {section.pitch_um or 100:.4g} µm apart (column pitch)"]
 
 
 def check_spots_inside(section, opened, xy):

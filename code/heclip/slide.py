@@ -471,7 +471,12 @@ def microns_per_pixel(slide, given=None):
     if abs(x / y - 1) > 0.02:
         raise InputError(f"{slide.path}: its pixels are not square, {x:.4g} by {y:.4g} µm. "
                          "Resample the image, or give one width with --mpp if that is an error")
-    return (x + y) / 2
+    return stated_mpp(slide)
+
+
+def stated_mpp(slide):
+    """The mean width of a pixel in µm that a slide's file states, or None."""
+    return None if slide.mpp is None else sum(slide.mpp) / 2
 
 
 def plausible(x, y):

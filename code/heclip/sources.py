@@ -7,6 +7,7 @@ AnnData as scanpy, squidpy and HEST write it.
 """
 
 import io
+import re
 import warnings
 from contextlib import contextmanager
 from glob import glob
@@ -21,14 +22,28 @@ import scipy.sparse
 from isal import igzip, isal_zlib  # gzip, at two to three times its speed
 
 from .files import InputError, first_line
+from .spots import array_of
 
 POSITION_COLUMNS = [
     "barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 # Names that these columns have in the gene tables of AnnData files.
 ID_COLUMNS = ["gene_ids", "gene_id"]
 SYMBOL_COLUMNS = ["symbol", "gene_symbols", "gene_symbol", "gene_name", "feature_name"]
+# Feature types that mean gene expression, in small letters. Empty: a table that does not say.
+GENE_KINDS = {"gene expression", "gene", "genes", "rna", "mrna", "gex", "expression", "", "nan",
+              "none", "na"}
+# Names of features that are no genes, whatever their type: controls, blanks, codewords that stand
+# for no gene, spiked-in RNA, and what counters of reads call "__no_feature" and "__ambiguous".
+NO_GENE = re.compile(
+    r"(neg(ative)?[ _-]?(control|ctrl|prb|probe)|negative\d+$|system[ _-]?control|falsecode|"
+    r"blank[ _-]?(codeword|\d)|(unassigned|deprecated)[ _-]?codeword|deprecated_|antisense_|"
+    r"intergenic[ _-]region|ercc-\d|__)", re.IGNORECASE)
+# Names of x and y, where a table of positions names them.
+NAMED_XY = [("pxl_col_in_fullres", "pxl_row_in_fullres"), ("imagecol", "imagerow"), ("x", "y")]
+IN_TISSUE = {"1", "1.0", "true", "t", "yes", "in"}
+OFF_TISSUE = {"0", "0.0", "false", "f", "no", "out"}
 # The errors that readers raise for a file that is damaged or incomplete.
-DAMAGED = (OSError, EOFError, ValueError, KeyError, OverflowError, isal_zlib.error)
+DAMAGED = (OSError, EOFError, ValueError, OverflowError, isal_zlib.error)
 
 
 def find(raw, patterns, what):
@@ -118,12 +133,25 @@ def read_mtx(path):
             matrix = scipy.io.mmread(buffered)  # genes x spots; buffered because it reads in bits
     except DAMAGED as error:
         raise damaged(path, error) from None
-    if matrix.shape != (len(features), len(barcodes)):
-        raise InputError(f"{path}: {matrix.shape[0]} x {matrix.shape[1]} entries, but "
-                         f"{features_path.name} has {len(features)} genes and {barcodes_path.name} "
-                         f"{len(barcodes)} barcodes. They belong to different sections or one is "
-                         "incomplete: download the three again")
+    check_trio(path, matrix.shape, features_path, features[0], barcodes_path, barcodes)
     return build(path, matrix.T, barcodes, *mtx_features(features))
+
+
+def check_trio(path, shape, features_path, genes, barcodes_path, barcodes):
+    """Raise InputError if a matrix is not genes x barcodes of the tables next to it."""
+    expected = len(genes), len(barcodes)
+    if shape == expected:
+        return
+    if shape == expected[::-1]:
+        raise InputError(f"{path} is spots x genes. 10x Genomics' matrix is genes x spots: write "
+                         "its transpose")
+    for table, names, n in ((features_path, genes, shape[0]), (barcodes_path, barcodes, shape[1])):
+        if len(names) == n + 1:
+            raise InputError(f"{table} has {len(names)} lines for {n} in the matrix. If the first, "
+                             f"{names.iloc[0]!r}, is a header, remove it")
+    raise InputError(f"{path}: {shape[0]} x {shape[1]} entries, but {features_path.name} has "
+                     f"{expected[0]} genes and {barcodes_path.name} {expected[1]} barcodes. They "
+                     "belong to different sections or one is incomplete: download the three again")
 
 
 def mtx_features(features):
@@ -154,38 +182,51 @@ def read_table(path):
 
 
 def read_h5(path):
-    """Read a 10x feature-barcode matrix in HDF5, with scanpy."""
-    import scanpy
+    """Read a 10x feature-barcode matrix in HDF5. The counts of several genomes are put together."""
+    with opened_h5(path) as groups:
+        barcodes = [group["barcodes"].asstr()[:] for group in groups]
+        if any(not np.array_equal(barcodes[0], other) for other in barcodes[1:]):
+            raise InputError(f"{path} holds {len(groups)} genomes with different barcodes. Give "
+                             "the matrix of one genome")
+        matrices = []
+        for group in groups:
+            arrays = tuple(group[name][:] for name in ("data", "indices", "indptr"))
+            n_genes, n_spots = group["shape"][:]
+            matrices.append(scipy.sparse.csr_matrix(arrays, (n_spots, n_genes)))
+        matrix = matrices[0] if len(matrices) == 1 else scipy.sparse.hstack(matrices, "csr")
+        features = h5_features(groups)
+    return build(path, matrix, barcodes[0], *features)
 
+
+def h5_features(groups):
+    """Gene ids, symbols and kinds of the groups of a 10x HDF5 matrix; kinds is None if absent."""
+    tables = []
+    for group in groups:
+        features = group.get("features", group)
+        names = ("id", "name") if "features" in group else ("genes", "gene_names")
+        table = {name: features[name].asstr()[:] for name in names}
+        if "feature_type" in features:
+            table["kinds"] = features["feature_type"].asstr()[:]
+        tables.append(list(table.values()))
+    ids, symbols, *kinds = (np.concatenate(columns) for columns in zip(*tables, strict=True))
+    return ids, symbols, kinds[0] if kinds else None
+
+
+@contextmanager
+def opened_h5(path):
+    """Open a 10x HDF5 matrix: its groups, one of version 3, or one per genome of older versions.
+
+    Any error while it is read becomes one that names the file.
+    """
     try:
-        with warnings.catch_warnings():
-            # `build` checks the ids instead.
-            warnings.filterwarnings("ignore", "(Variable|Observation) names are not unique")
-            adata = scanpy.read_10x_h5(path)
+        with h5py.File(path) as file:
+            yield [file["matrix"]] if "matrix" in file else list(file.values())
+    except InputError:
+        raise
     except OSError as error:
         raise damaged(path, error) from None
     except Exception:  # a missing group or column raises errors of many kinds
         raise not_10x(path) from None
-    kinds = adata.var["feature_types"].to_numpy() if "feature_types" in adata.var else None
-    return build(path, adata.X, adata.obs_names, adata.var["gene_ids"], adata.var_names, kinds)
-
-
-def h5_features(path):
-    """Gene ids, symbols and kinds of a 10x HDF5 matrix in either layout, without its counts."""
-    try:
-        with h5py.File(path) as file:
-            if "matrix" in file:
-                features = file["matrix/features"]
-                columns = [features[name] for name in ("id", "name", "feature_type")]
-            else:
-                genome, = file.values()
-                columns = [genome["genes"], genome["gene_names"]]
-            ids, symbols, *kinds = (column.asstr()[:] for column in columns)
-    except OSError as error:
-        raise damaged(path, error) from None
-    except Exception:  # as in `read_h5`
-        raise not_10x(path) from None
-    return ids, symbols, kinds[0] if kinds else None
 
 
 def not_10x(path):
@@ -195,13 +236,38 @@ def not_10x(path):
 
 
 def read_h5ad(path):
-    """Read the counts of an AnnData file: layers["counts"] if there is such a layer, else X."""
+    """Read the counts of an AnnData file: layers["counts"], X or raw.X (see `counts_of_h5ad`)."""
     with opened_h5ad(path) as file:
         barcodes = anndata.io.read_elem(file["obs"]).index
-        var = anndata.io.read_elem(file["var"])
-        where = "layers/counts" if "counts" in file.get("layers", ()) else "X"
-        matrix = anndata.io.read_elem(file[where])
+        matrix, var = counts_of_h5ad(path, file)
+        matrix, var = anndata.io.read_elem(matrix), anndata.io.read_elem(var)
     return build(path, matrix, barcodes.astype(str), *h5ad_features(var))
+
+
+def counts_of_h5ad(path, file):
+    """Where the counts of an open AnnData file are, and their gene table: two HDF5 objects.
+
+    They are layers["counts"] if there is such a layer. Otherwise they are X, or raw.X if only that
+    holds whole numbers. Raises InputError if there is neither.
+    """
+    var = file["var"]  # an error if there is none, because then the file is no AnnData
+    layers = list(file.get("layers", ()))
+    if "counts" in layers:
+        return file["layers/counts"], var
+    tops = [file, *(file[name] for name in ("raw",) if isinstance(file.get(name), h5py.Group))]
+    places = [(top["X"], top["var"]) for top in tops
+              if "X" in top and top["X"].attrs.get("encoding-type") != "null"]
+    if not places:
+        others = f"Its layers are {', '.join(layers)}" if layers else "It has no layers either"
+        raise InputError(f'{path} has no X. {others}. Store the raw counts as X or as '
+                         'layers["counts"]')
+    return next((place for place in places if starts_whole(place[0])), places[0])
+
+
+def starts_whole(matrix):
+    """Whether the first values of a stored matrix are whole numbers. `as_counts` checks all."""
+    values = matrix["data"][:100_000] if isinstance(matrix, h5py.Group) else matrix[:100]
+    return values.dtype.kind in "iub" or bool((values == np.rint(values)).all())
 
 
 def h5ad_features(var):
@@ -209,18 +275,32 @@ def h5ad_features(var):
 
     The index is the id; or the symbol, if the table has a column of ids.
     """
-    index = var.index.astype(str)
-    ids = next((var[column].astype(str) for column in ID_COLUMNS if column in var), index)
-    symbols = next((var[column].astype(str) for column in SYMBOL_COLUMNS if column in var), index)
+    index = var.index.astype(str).to_series()
+
+    def first_of(columns):
+        """The first of these columns. Where a gene has none, its name in the index stands in."""
+        for column in columns:
+            if column in var:
+                return var[column].astype(object).where(var[column].notna(), index).astype(str)
+        return index
+
     kinds = var["feature_types"].astype(str).to_numpy() if "feature_types" in var else None
-    return ids, symbols, kinds
+    return first_of(ID_COLUMNS), first_of(SYMBOL_COLUMNS), kinds
 
 
 @contextmanager
 def opened_h5ad(path):
-    """Open an AnnData file as HDF5. Any error while it is read becomes one that names the file."""
+    """Open an AnnData file as HDF5. Any error while it is read becomes one that names the file.
+
+    A file of anndata before 0.7 is written again in memory, as anndata would write it today.
+    """
     try:
         with h5py.File(path) as file:
+            if isinstance(file.get("obs"), h5py.Dataset):
+                file = h5py.File.in_memory()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # they advise to write it again
+                    anndata.io.write_elem(file, "/", anndata.read_h5ad(path))
             yield file
     except InputError:
         raise
@@ -268,26 +348,28 @@ def read_genes(path):
     path = Path(path)
     name = path.name.removesuffix(".gz")
     if name.endswith("matrix.mtx"):
-        return gene_table(*mtx_features(read_table(files_of(path)[2])))
+        return gene_table(*mtx_features(read_table(files_of(path)[2])))[0]
     if name.endswith(".h5"):
-        return gene_table(*h5_features(path))
+        with opened_h5(path) as groups:
+            return gene_table(*h5_features(groups))[0]
     if name.endswith(".h5ad"):
         with opened_h5ad(path) as file:
-            return gene_table(*h5ad_features(anndata.io.read_elem(file["var"])))
+            _, var = counts_of_h5ad(path, file)
+            return gene_table(*h5ad_features(anndata.io.read_elem(var)))[0]
     if name.endswith(".tsv"):
         try:
             genes = st_genes(path)
         except DAMAGED as error:
             raise damaged(path, error) from None
-        return gene_table(genes, genes)
+        return gene_table(genes, genes)[0]
     return read_counts(path).var
 
 
 def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
     """AnnData (X: CSR int32) from a spots x genes matrix of counts and its names.
 
-    path: the file, for error messages. kinds: the feature type of each gene; only those of kind
-    "Gene Expression" are used. None: all are.
+    path: the file, for error messages. kinds: the feature type of each gene, or None. Features that
+    are no genes are left out; uns["no_genes"] says how many and of what kinds, as text.
     Raises InputError for values that are not counts, for repeated names, and if nothing is left.
     """
     if not scipy.sparse.issparse(matrix):
@@ -295,18 +377,23 @@ def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
     matrix.data = as_counts(path, matrix.data)  # before tocsr, which then copies fewer bytes
     matrix = matrix.tocsr()
     obs = pd.DataFrame(index=pd.Index(barcodes, name="barcode"))
-    var = gene_table(gene_ids, symbols, kinds)
-    if kinds is not None and (kinds != "Gene Expression").any():
-        matrix = matrix[:, kinds == "Gene Expression"]
+    var, others = gene_table(gene_ids, symbols, kinds)
+    kinds_left_out = others[others != ""].value_counts()
+    left_out = ", ".join(f"{n:,} {kind}" for kind, n in kinds_left_out.items())
+    if left_out:
+        matrix = matrix[:, (others == "").to_numpy()]
     if 0 in matrix.shape:
-        raise InputError(f"{path}: holds {matrix.shape[0]} spots x {matrix.shape[1]} genes of gene "
-                         "expression. Download it again")
+        found = f"{len(others):,} features, of which none is a gene: {left_out}"
+        if not left_out:
+            found = f"{matrix.shape[0]} spots x {matrix.shape[1]} genes"
+        raise InputError(f"{path}: holds {found}. Give the section's gene expression; its feature "
+                         "type is Gene Expression")
     for what, names in (("barcode", obs.index), ("gene id", var.index)):
         if not names.is_unique:
             twice = names[names.duplicated()][0]
             raise InputError(f"{path}: {what} {twice} occurs more than once; each must be unique. "
                              "Download the matrix again or fix its table")
-    return anndata.AnnData(matrix, obs=obs, var=var)
+    return anndata.AnnData(matrix, obs=obs, var=var, uns={"no_genes": left_out})
 
 
 def as_counts(path, values):
@@ -316,17 +403,29 @@ def as_counts(path, values):
         raise InputError(f"{path}: some of its values are empty. Download it again")
     if values.size and (values.min() < 0 or values.max() > np.iinfo(np.int32).max
                         or not (integer or (values == np.rint(values)).all())):
-        where = ', in layers["counts"] or X' if path.suffix == ".h5ad" else ""
+        where = ', in layers["counts"] or X or raw.X' if path.suffix == ".h5ad" else ""
         raise InputError(f"{path}: holds values that are not counts (whole numbers from 0). Give "
                          f"the raw counts{where}, not normalised expression")
     return values.astype(np.int32, copy=False)
 
 
 def gene_table(gene_ids, symbols, kinds=None):
-    """DataFrame of symbols by gene id. Features that are not gene expression are left out."""
-    index = pd.Index(gene_ids, name="gene_id")
-    var = pd.DataFrame({"symbol": np.asarray(symbols)}, index=index)
-    return var if kinds is None else var[kinds == "Gene Expression"]
+    """The genes among features, and what the other features are.
+
+    kinds: the feature type of each, or None. Returns (DataFrame of symbols by gene id, Series: ""
+    for a gene, its type for another feature, "control" for what is no gene by its name).
+    """
+    index = pd.Index(np.asarray(gene_ids, object), dtype=str, name="gene_id")
+    var = pd.DataFrame({"symbol": np.asarray(symbols, object)}, index, dtype=str)
+    others = pd.Series("", range(len(var)))
+    if kinds is not None:
+        kinds = pd.Series(np.asarray(kinds)).str.strip()
+        words = kinds.str.lower().str.replace("[_-]", " ", regex=True)
+        others = others.where(words.isin(GENE_KINDS), kinds)
+    by_name = np.asarray(index.str.match(NO_GENE)) | np.asarray(var["symbol"].str.match(NO_GENE))
+    others = others.mask(by_name & (others == ""), "control")
+    others.index = index
+    return var[(others == "").to_numpy()], others
 
 
 def read_symbols(path):
@@ -380,7 +479,7 @@ def read_text_positions(path):
     with open_text(path) as file:
         first = file.readline()
         file.seek(0)
-        if "pixel_x" in first.split():
+        if "pixel_x" in first.replace('"', "").split():
             return alignment_positions(path, pd.read_csv(file, sep="\t"))
         if not first:
             raise InputError(f"{path} is empty. Download it again")
@@ -395,10 +494,17 @@ def read_text_positions(path):
 
 
 def alignment_positions(path, table):
-    """The position table from STUtility's columns. Barcodes are `XxY`, as in the ST table."""
+    """The position table from STUtility's columns. Barcodes are `XxY`, as in the ST table.
+
+    A table without the column selected lists the selected spots alone.
+    """
+    if absent := {"x", "y", "pixel_x", "pixel_y"} - set(table.columns):
+        raise InputError(f"{path}: its header lacks {', '.join(sorted(absent))}; expected the "
+                         "columns of an ST alignment table (x, y, pixel_x, pixel_y, selected)")
     barcodes = table["x"].astype(str) + "x" + table["y"].astype(str)
+    selected = table.get("selected", pd.Series(1, table.index))
     return positions(path, "alignment table", barcodes, {
-        "in_tissue": table["selected"], "array_row": table["y"], "array_col": table["x"],
+        "in_tissue": selected, "array_row": table["y"], "array_col": table["x"],
         "x": table["pixel_x"], "y": table["pixel_y"]})
 
 
@@ -425,29 +531,48 @@ def read_parquet(path):
 
 
 def read_h5ad_positions(path):
-    """Positions of an AnnData file: obsm["spatial"], or the columns that HEST writes to obs.
+    """Positions of an AnnData file: named columns of obs or obsm, or else obsm["spatial"].
 
-    Without a column in_tissue, all spots are under tissue.
+    Named columns go first, because the order of unnamed ones cannot be checked. Array coordinates
+    that hold no information are left out. Without a column in_tissue, all spots are under tissue.
     """
     with opened_h5ad(path) as file:
         obs = anndata.io.read_elem(file["obs"])
-        if "spatial" in file.get("obsm", ()):
-            xy = np.asarray(anndata.io.read_elem(file["obsm/spatial"]), np.float64)[:, :2]
-        elif {"pxl_col_in_fullres", "pxl_row_in_fullres"} <= set(obs):
-            xy = obs[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(np.float64)
-        else:
-            raise InputError(f'{path}: has neither obsm["spatial"] nor pxl_col_in_fullres and '
-                             "pxl_row_in_fullres in obs. Name a position file in addition to it")
-    if "in_tissue" in obs:  # as numbers, truth values or categories
-        columns = {"in_tissue": obs["in_tissue"].astype(str).isin(["1", "1.0", "True"])}
+        stored = [key for key in ("spatial", "X_spatial") if key in file.get("obsm", ())]
+        spatial = anndata.io.read_elem(file["obsm"][stored[0]]) if stored else None
+    named = named_xy(obs, NAMED_XY[:2])  # x and y alone may be places of the array
+    if isinstance(spatial, pd.DataFrame):
+        named = named_xy(spatial, NAMED_XY) or named
+    if named:
+        x, y = named
+    elif spatial is not None and np.ndim(spatial) == 2 and np.shape(spatial)[1] >= 2:
+        x, y = (pd.Series(column, obs.index) for column in np.asarray(spatial).T[:2])
     else:
-        columns = {"in_tissue": pd.Series(1, obs.index)}
+        raise InputError(f'{path}: has neither obsm["spatial"] nor pxl_col_in_fullres and '
+                         "pxl_row_in_fullres in obs. Name a position file in addition to it")
+    columns = {"in_tissue": under_tissue(path, obs)}
     kind = "h5ad, no array"
-    if {"array_row", "array_col"} <= set(obs):
+    if array_of(obs) is not None:
         kind = "h5ad"
         columns |= {"array_row": obs["array_row"], "array_col": obs["array_col"]}
-    columns |= zip(("x", "y"), map(pd.Series, xy.T), strict=True)
-    return positions(path, kind, obs.index, columns)
+    return positions(path, kind, obs.index, columns | {"x": x, "y": y})
+
+
+def named_xy(table, names):
+    """The columns x and y of a table under the first of several pairs of names, or None."""
+    return next(((table[x], table[y]) for x, y in names if {x, y} <= set(table)), None)
+
+
+def under_tissue(path, obs):
+    """The column in_tissue of an AnnData as 1 and 0, whatever words it has. Absent: 1 for all."""
+    if "in_tissue" not in obs:
+        return pd.Series(1, obs.index)
+    words = obs["in_tissue"].astype(str).str.lower()
+    unknown = sorted(set(words) - IN_TISSUE - OFF_TISSUE)
+    if unknown:
+        raise InputError(f"{path}: the column in_tissue of obs holds {', '.join(unknown[:4])}, "
+                         "expected 1 or 0, or True or False")
+    return words.isin(IN_TISSUE).astype(int)
 
 
 def positions(path, kind, barcodes, columns):
@@ -456,7 +581,7 @@ def positions(path, kind, barcodes, columns):
     columns: in_tissue, array_row, array_col, x and y in this order -> Series of numbers; the two of
     the array may be absent. Raises InputError for a repeated barcode or a missing number.
     """
-    numbers = {name: column.to_numpy(dtype=np.float64) for name, column in columns.items()}
+    numbers = {name: as_numbers(path, name, column) for name, column in columns.items()}
     table = pd.DataFrame(numbers, index=pd.Index(barcodes.astype(str), name="barcode"))
     if not table.index.is_unique:
         twice = table.index[table.index.duplicated()][0]
@@ -469,6 +594,33 @@ def positions(path, kind, barcodes, columns):
     table = table.assign(in_tissue=table["in_tissue"] == 1).astype(integers)
     table.attrs["kind"] = kind
     return table
+
+
+def as_numbers(path, name, column):
+    """A column of a position table as float64 (n,); NaN where it is empty.
+
+    Raises InputError for a value that is no number.
+    """
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    wrong = np.isnan(numbers) & column.notna().to_numpy()
+    if wrong.any():
+        raise InputError(f"{path}: {name} holds {column[wrong].iloc[0]!r}, which is no number. "
+                         "Correct it, or download the file again")
+    return numbers
+
+
+def scale_facts(path):
+    """What Space Ranger's scale factors in an AnnData file state: dict, empty if there are none.
+
+    Members of uns["spatial"] that are no library, such as CELLxGENE's is_single, are passed over.
+    Several libraries state nothing, because it is unknown which is meant.
+    """
+    with opened_h5ad(path) as file:
+        spatial = file.get("uns/spatial")
+        members = spatial.values() if isinstance(spatial, h5py.Group) else []
+        factors = [member["scalefactors"] for member in members
+                   if isinstance(member, h5py.Group) and "scalefactors" in member]
+        return dict(anndata.io.read_elem(factors[0])) if len(factors) == 1 else {}
 
 
 def join(counts, spots, counts_path, positions_path):

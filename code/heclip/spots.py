@@ -8,6 +8,7 @@ columns in the position file.
 """
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,8 @@ def array_of(table):
     """
     if not {"array_row", "array_col"} <= set(table.columns):
         return None
-    array = table[["array_row", "array_col"]].to_numpy(float, na_value=np.nan)
+    columns = [pd.to_numeric(table[name], errors="coerce") for name in ("array_row", "array_col")]
+    array = np.column_stack([column.to_numpy(float, na_value=np.nan) for column in columns])
     if not np.isfinite(array).all() or (array == array[:1]).all():
         return None
     return array
@@ -113,6 +115,45 @@ def measured_pitch(xy):
     # A spot has 6 neighbours at this distance at most. The first found is the spot itself.
     distances = cKDTree(places).query(places, min(7, len(places)))[0][:, 1:]
     return float(distances[distances <= 1.2 * np.median(distances[:, 0])].mean())
+
+
+def mirrored(xy, array):
+    """Whether the lattice is a mirror image of the array. xy: (n, 2); array: (n, 2), or None.
+
+    On a picture as a microscope shows it, array_row grows downwards where array_col grows to the
+    right, or both are turned together. All real position files have this handedness. If x and y are
+    exchanged, or the picture is mirrored, it is the other one. False if the array is unusable.
+    """
+    if array is None or fitted_pitch(xy, array) is None:
+        return False
+    places = np.column_stack([array, np.ones(len(array))])
+    row, col, _ = np.linalg.lstsq(places, xy, rcond=None)[0]
+    return bool(col[0] * row[1] < col[1] * row[0])
+
+
+# ----------------------------------------------------------------------------------- contradictions
+
+
+def geometry_notes(xy, array, mpp, pitch_um, stated):
+    """What contradicts the places and the scale of a section: a list of text, empty if nothing.
+
+    xy: (n, 2); array: (n, 2), or None. mpp: the microns per pixel that are used. pitch_um: distance
+    of neighbouring spots. stated: what says so -> microns per pixel, or None. Up to 10 % is no
+    contradiction.
+    """
+    notes = []
+    if mirrored(xy, array):
+        notes.append("its spots are a mirror image of the array. x and y are exchanged, or the "
+                     "picture is mirrored: patches may come from wrong places")
+    others = dict(stated)
+    with suppress(ValueError):  # a single spot has no pitch
+        others[f"neighbouring spots, if they are {pitch_um:.4g} µm apart,"] = (
+            pitch_um / pitch(xy, array))
+    for source, other in others.items():
+        if other and abs(other / mpp - 1) > 0.1:
+            notes.append(f"a pixel is taken to be {mpp:.4g} µm wide, but {source} say {other:.4g}. "
+                         "Find out which is right")
+    return notes
 
 
 # ------------------------------------------------------------ lattice, neighbours and smoothing
