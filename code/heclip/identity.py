@@ -87,19 +87,19 @@ def shared(a, b):
                     "from itself. Leave one of them out, or give them parts without common spots")
     if (found := same_tissue(a, b)).any():
         return (f"{a.name} and {b.name} are parts of one image, and the patches of {found.sum():,} "
-                f"spots of {a.name} show tissue that patches of {b.name} show too. Leave a gap of "
-                f"a patch's width between the parts{where(a, found)}{where(b, same_tissue(b, a))}")
+                f"spots of {a.name} show tissue that patches of {b.name} show too. Leave a gap as "
+                f"wide as a patch: leave out {where(a, found)} or {where(b, same_tissue(b, a))}")
     return None
 
 
 def where(section, found):
     """In words, the rows or columns of the array that hold the spots `found`, bool (n,)."""
     if section.array is None:
-        return ""
+        return f"these of {section.name}"
     low, high = section.array[found].min(axis=0), section.array[found].max(axis=0)
     axis = int(np.argmin(high - low))
     column = ("array_row", "array_col")[axis]
-    return f"; in {section.name} these have {column} {low[axis]:.0f} to {high[axis]:.0f}"
+    return f"{column} {low[axis]:.0f} to {high[axis]:.0f} of {section.name}"
 
 
 def compare(sections):

@@ -41,11 +41,15 @@ ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 @contextmanager
 def collecting(problems, section):
-    """Add the InputError that a block raises to the list of problems, under the section's name."""
+    """Add the InputError that a block raises to the list of problems, under the section's name.
+
+    Once, if two blocks read the same file.
+    """
     try:
         yield
     except InputError as error:
-        problems.append(f"{section}: {error}")
+        if (problem := f"{section}: {error}") not in problems:
+            problems.append(problem)
 
 
 # ---------------------------------------------------------------------------------------- the sheet
