@@ -232,26 +232,20 @@ def choose_folds(plan, processed):
     folds = {query: list(table.index[together != together[query]])
              for query in plan.query or list(table.index)}
     for query, reference in folds.items():
-        check_apart(table, query, reference, plan.folds)
+        processed.check_apart(query, reference)
+        if plan.folds == "donor":
+            check_donors(table["donor"], query, reference)
     return folds
 
 
-def check_apart(table, query, reference, folds):
-    """Raise InputError if the query is in its own reference.
+def check_donors(donor, query, reference):
+    """Raise InputError if a section of the query's donor is in its reference.
 
-    That is by name, by donor if `folds` is "donor", or because both were made from the same files.
-    table: the section table.
+    donor: Series by section.
     """
-    if query in reference:
-        raise InputError(f"{query} is held out and in its own reference, {', '.join(reference)}")
-    donor, digest = table["donor"], table["digest"]
-    same = [name for name in reference if donor[name] == donor[query]]
-    if folds == "donor" and same:
+    if same := [name for name in reference if donor[name] == donor[query]]:
         raise InputError(f"{query} is held out with its donor {donor[query]!r}, but {same[0]} of "
                          "the same donor is in its reference")
-    if same := [name for name in reference if digest[name] == digest[query]]:
-        raise InputError(f"{query} and {same[0]} were made from the same files, so {query} would "
-                         "be predicted from itself. Name only one of them in --sections")
 
 
 def open_fold(processed, kind, protocol, query, reference):
@@ -259,6 +253,7 @@ def open_fold(processed, kind, protocol, query, reference):
 
     kind: "hvg" or "heg".
     """
+    processed.check_apart(query, reference)
     held_out = [name for name in processed.sections().index if name not in reference]
     panel = processed.panel(kind, protocol, reference)
     parts = [processed.expression(section, panel) for section in reference]

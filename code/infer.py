@@ -202,6 +202,7 @@ def read_and_embed(args):
     run = Run(processed.dataset, trained.name, args.save_path)
     sections, query = choose_sections(processed, trained, args.query)
     trained.check(processed, query)
+    processed.check_apart(query, sections)
     if trained.panel is None:
         trained = with_panel(trained, processed, sections, args.panel_file)
         print(f"{trained.path}: published {trained.settings.type} model of {len(trained.panel)} "
@@ -228,6 +229,7 @@ def read_saved(args):
     query = args.query or the_one(processed.roles()[1], processed)
     trained, sections, embeddings, views = read_embeddings(run, processed, query, args.views)
     trained.check(processed, query)
+    processed.check_apart(query, sections)
     check_replaceable(run.prediction, trained, query, args.overwrite)
     how = predicting(args.recipe or trained.settings.recipe, vars(args) | {"views": views})
     expression = {section: processed.expression(section, trained.panel) for section in embeddings}

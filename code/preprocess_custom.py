@@ -21,12 +21,9 @@ def parse(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("sheet",
                        help="CSV with the columns section, counts, donor, role, and image, "
-                            "positions, mpp, pitch, scale, bin where they apply; paths are "
+                            "positions, mpp, pitch, scale, bin, part where they apply; paths are "
                             "relative to it")
     flags.add_argument("--name", help="name of the dataset; default: that of the sheet")
-    flags.add_argument("--check", action="store_true",
-                       help="read everything, show what was found and every problem, and write "
-                            "nothing")
     flags.add_argument("--n_hvg", type=command.positive, default=1000,
                        help="number of variable genes that each section adds")
     flags.add_argument("--n_heg", type=command.positive, default=3200,
@@ -68,7 +65,7 @@ def main(argv=None):
         if ignored:
             notes.append(f"columns not used: {', '.join(ignored)}")
         cut = sheet.Cut(args.patch_px, args.patch_um, args.min_counts)
-        check(path, sections, cut, problems, notes)
+        sheet.report(path, sections, cut, problems, notes)
     elif problems:
         more = ""
         if len(problems) > 1:
@@ -85,28 +82,6 @@ def main(argv=None):
                           symbols=args.symbols, min_counts=args.min_counts, command=again,
                           patch_um=args.patch_um, patch_px=args.patch_px)
         preprocess.prepare(dataset, None, args.protocol, args.workers, args.section)
-
-
-def check(path, sections, cut, problems, notes):
-    """Print what was found in a sheet's sections, and every problem.
-
-    path: the sheet. cut: a sheet.Cut. problems, notes: lines to print; more are found here.
-    Raises InputError if there is any problem.
-    """
-    table, found = sheet.check(sections, cut, problems)
-
-    def shown(value):
-        return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
-
-    print(table.to_string(float_format=shown, na_rep="?"))
-    for line in [*notes, *found]:
-        print(f"- {line}")
-    if problems:
-        print()
-        for number, problem in enumerate(problems, 1):
-            print(f"{number}. {problem}")
-        raise InputError(f"{path}: {len(problems)} to fix, listed above. Nothing was written")
-    print("All is well. Next: the same command without --check")
 
 
 if __name__ == "__main__":

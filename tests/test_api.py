@@ -152,6 +152,42 @@ def test_predict_keeps_the_spots_and_what_is_known_of_them(run, slide, tmp_path)
         heclip.predict(spots, slide, ("slides", "heg"), device="cpu")
 
 
+@pytest.mark.parametrize(("outside", "refused"), [(3, False), (4, True)])
+def test_a_few_spots_outside_the_slide_are_left_out_and_many_are_an_error(run, slide, outside,
+                                                                          refused):
+    spots = Processed("slides").read(QUERY)[:30].copy()
+    spots.obs["number"] = np.arange(30)
+    spots.obsm["spatial"][:outside] = [-5, 20]
+    says = f"{outside} of 30 spots under tissue lie outside .*case 7.tif"
+    if refused:
+        with pytest.raises(InputError, match=says):
+            heclip.predict(spots, slide, ("slides", "heg"), device="cpu", views=1)
+        return
+    with pytest.warns(UserWarning, match=says):
+        found = heclip.predict(spots, slide, ("slides", "heg"), device="cpu", views=1)
+    assert found.obs["number"].tolist() == list(range(outside, 30))
+    np.testing.assert_array_equal(found.obsm["spatial"], spots.obsm["spatial"][outside:])
+
+
+def test_the_image_of_a_reference_section_is_not_predicted_from_its_own_spots(run):
+    """Under any name. Other places of the same image may be predicted."""
+    section, processed = REFERENCE[0], Processed("slides")
+    image = processed.folder.parent / "image" / f"{section}.tiff"
+    mpp = float(processed.sections().loc[section, "mpp"])
+    spots = processed.read(section)[:20].copy()
+    with pytest.raises(InputError, match=f"is the image of {section}, .* 20 of 20 spots lie at"):
+        predict(run, image, mpp=mpp, positions=table_of(spots))
+    far = spots.copy()
+    far.obsm["spatial"] = np.linspace([2, 2], [20, 2], 20)
+    assert predict(run, image, mpp=mpp, positions=table_of(far)).n_obs == 20
+
+
+def table_of(adata):
+    """The positions of an AnnData as sources.read_positions returns them."""
+    table = pd.DataFrame(adata.obsm["spatial"], adata.obs_names, ["x", "y"])
+    return table.assign(in_tissue=True)
+
+
 def test_positions_of_an_h5ad_may_lack_the_array_columns(run, slide, tmp_path):
     spots = Processed("slides").spots(QUERY)
     spots.obs = spots.obs[["in_tissue"]]
@@ -314,7 +350,7 @@ def test_what_contradicts_the_spots_of_a_slide_is_said(mpp, exchanged, says):
     spots = lattice(400, 300, 40)
     if exchanged:
         spots = spots.rename(columns={"x": "y", "y": "x"})
-    slide = SimpleNamespace(mpp=(2.5, 2.5))
+    slide = SimpleNamespace(stated_mpp=2.5)
     notes = api.notes_on_slide(slide, spots, mpp, 40 * mpp)
     assert len(notes) == (says is not None)
     assert all(says in text for text in notes)

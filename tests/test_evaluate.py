@@ -420,16 +420,16 @@ def test_a_donor_is_held_out_whole(flags, tmp_path, donor, table):
     assert "held out with its donor" in out
 
 
-@pytest.mark.parametrize(("reference", "folds", "says"), [
-    ([A, C], "section", "DEMO_A1 is held out and in its own reference"),
-    ([B, C], "donor", "DEMO_A1 is held out with its donor 'NA', but DEMO_B1"),
-    ([C], "section", "DEMO_A1 and DEMO_C1 were made from the same files"),
-])
-def test_a_query_in_its_own_reference_is_an_error(reference, folds, says):
-    sections = pd.DataFrame({"donor": ["NA", "NA", "y"], "digest": ["1", "2", "1"]}, [A, B, C])
-    with pytest.raises(InputError, match=says):
-        evaluate.check_apart(sections, A, reference, folds)
-    evaluate.check_apart(sections, B, [A, C], "section")
+def test_a_section_of_the_querys_donor_in_the_reference_is_an_error():
+    donor = pd.Series({A: "NA", B: "NA", C: "y"})
+    with pytest.raises(InputError, match="DEMO_A1 is held out with its donor 'NA', but DEMO_B1"):
+        evaluate.check_donors(donor, A, [B, C])
+    evaluate.check_donors(donor, A, [C])
+
+
+def test_a_fold_whose_query_is_in_its_reference_is_not_opened(flags):
+    with pytest.raises(InputError, match="DEMO_A1 is in its own reference"):
+        evaluate.open_fold(Processed("evaluated"), "hvg", "strict", A, [A, C])
 
 
 def test_a_section_that_is_another_s_copy_is_refused_before_any_training(flags, tmp_path, table):

@@ -162,7 +162,7 @@ def written(root):
     return {path.name for path in (root / "GSE/tiny/processed").glob("*") if path.suffix != ".lock"}
 
 
-FILES = {"sections.csv",
+FILES = {"sections.csv", "fingerprints.npz",
          *(f"panel_{name}.csv" for name in ("hvg", "heg", "hvg_paper", "heg_paper")),
          *(f"{section}.{suffix}" for section in SECTIONS
            for suffix in ("h5ad", "patches.npy", "hvg_paper.npy", "heg_paper.npy"))}
@@ -331,7 +331,8 @@ def files_of_all(root):
 def read(monkeypatch):
     """The files whose counts were read, in a list that grows."""
     paths, original = [], sources.read_counts
-    monkeypatch.setattr(sources, "read_counts", lambda path: paths.append(path) or original(path))
+    monkeypatch.setattr(sources, "read_counts",
+                        lambda path, part: paths.append(path) or original(path, part))
     return paths
 
 
@@ -605,7 +606,7 @@ BAD = {  # case: section, what happens to the raw folder, what the error says, t
     "foreign barcodes": (
         "A1", lambda raw: edit_text(next_to_counts(raw, "A1", "barcodes.tsv"),
                                     lambda text: text.replace("SP", "XX")),
-        "lacks 24 of the 24 spots", "tissue_positions_list_1.csv"),
+        "24 of 24 spots under tissue of", "tissue_positions_list_1.csv"),
     "nothing under tissue": (
         "A1", lambda raw: change_positions(raw, in_tissue=0),
         "no spot is under tissue", "tissue_positions_list_1.csv"),
@@ -633,7 +634,7 @@ BAD = {  # case: section, what happens to the raw folder, what the error says, t
         "not a position file", "tissue_positions_list_1.csv"),
     "spots at one place": (
         "A1", lambda raw: change_positions(raw, pxl_row_in_fullres=50, pxl_col_in_fullres=50),
-        "all at one place", "tissue_positions_list_1.csv"),
+        "at the place of another one", "tissue_positions_list_1.csv"),
     "a text file for an image": ("C1", lambda raw: image_file(raw, "C1").write_text("404"),
                                  "cannot be read as an image", "image/C1.png"),
     "truncated tif": ("A1", lambda raw: half(image_file(raw, "A1")), "cannot be read as an image",
@@ -644,7 +645,7 @@ BAD = {  # case: section, what happens to the raw folder, what the error says, t
                       "image/C1.png"),
     "the wrong image": (
         "C1", lambda raw: Image.fromarray(an_image(80, 80)).save(image_file(raw, "C1")),
-        "has 80 x 80 pixels, but", "image/C1.png"),
+        "which has 80 x 80 pixels", "image/C1.png"),
 }
 
 
@@ -739,8 +740,10 @@ def test_the_matrix_of_another_cortex_section_under_151507s_name_is_refused(
     (raw / "151507").mkdir()
     shutil.copy(cortex / positions_of / "tissue_positions_list.txt", raw / "151507")
     Image.fromarray(an_image(20, 30)).save(raw / "151507_full_image.tif")
-    with pytest.raises(InputError, match="lacks .* of the 4226" if positions_of == "151507" else
-                       "gives 3661 spots under tissue, but 151507 has 4226") as error:
+    says = "gives 3661 spots under tissue, but 151507 has 4226"
+    if positions_of == "151507":
+        says = " of 4,226 spots under tissue .* have no counts"
+    with pytest.raises(InputError, match=says) as error:
         preprocess(preprocess_spatialLIBD_1.DATASET, ["--raw", str(raw)])
     assert "151507_filtered_feature_bc_matrix.h5" in str(error.value)
     assert snapshot(tmp_path / "root") == {}
@@ -751,7 +754,7 @@ def test_the_matrix_of_a_smaller_section_under_anothers_name_is_refused(copy):
     counts, table, _ = raw_section("A1")
     under_tissue = table.index[table["in_tissue"] == 1][:-5]
     write_counts(raw, "A1", counts.loc[under_tissue].to_numpy(), under_tissue)
-    assert_nothing_happens(root, raw, "lacks 5 of the 24 spots", "1/matrix.mtx", first="A1")
+    assert_nothing_happens(root, raw, "5 of 24 spots under tissue of", "1/matrix.mtx", first="A1")
 
 
 # ------------------------------------------------------------------------- the machine fails

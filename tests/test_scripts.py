@@ -40,6 +40,7 @@ from heclip.files import InputError
 from heclip.panel import choose_panel
 from heclip.parallel import Ranks
 from heclip.prediction import embed_sections
+from heclip.script import preprocess
 from heclip.settings import PREDICTING, TRAINING, Predicting, Training, parse_training
 
 ALL = ["DEMO_A1", "DEMO_B1", "DEMO_C1", "DEMO_D1"]
@@ -67,7 +68,7 @@ def test_sections_by_several_workers_or_one_by_one_give_the_same_files():
             if flags == ["--section", "DEMO_D1"]:  # a part of the sections chooses no panel
                 assert set(hashes(folder)) == {"DEMO_D1.h5ad", "DEMO_D1.patches.npy"}
         folders[name] = hashes(folder)
-    assert len(folders["jobs"]) == 11
+    assert len(folders["jobs"]) == 12
     assert folders["workers"] == folders["jobs"]
 
 
@@ -439,6 +440,42 @@ def test_a_checkpoint_that_saw_the_query_section_is_refused(trained, tmp_path):
               reference=table.loc[["DEMO_A1", QUERY], "digest"].to_dict())
     with pytest.raises(InputError, match="trained on DEMO_C1, which is now the query"):
         infer.main(["--dataset", "small", "--save_path", str(tmp_path), *FAST, "--query", QUERY])
+
+
+@pytest.mark.parametrize("from_ebd", [[], ["--from_ebd"]])
+def test_a_query_whose_spots_are_in_the_reference_is_refused(trained, tmp_path, from_ebd):
+    """Under another name, from embeddings too: as if a copy had been made after preprocessing."""
+    processed = Processed("small")
+    before = processed.fingerprints()
+    if from_ebd:
+        shutil.copytree(trained / "ebd" / "small", tmp_path / "ebd" / "small")
+    shutil.copytree(trained / "small", tmp_path / "small")
+    try:
+        own = before[QUERY].copy()
+        own[:3] = before["DEMO_D1"][:3]
+        np.savez(processed.fingerprints_path, **before | {QUERY: own})
+        with pytest.raises(InputError, match="DEMO_C1 and DEMO_D1 hold the same spots"):
+            infer.main(["--dataset", "small", "--save_path", str(tmp_path), *FAST, "--views", "2",
+                        *from_ebd])
+    finally:
+        np.savez(processed.fingerprints_path, **before)
+
+
+def test_check_of_a_dataset_script_shows_what_there_is_and_writes_nothing(trained, capsys):
+    dataset = small_dataset("small")
+    folder = dataset.raw.parent
+    before = hashes(folder)
+    preprocess(dataset, ["--check"])
+    said = capsys.readouterr().out
+    for part in ("DEMO_C1", "genes are in every section", "All is well"):
+        assert part in said
+    wrong = [replace(section, n_spots=7, image=["none.tif"]) for section in dataset.sections[:1]]
+    with pytest.raises(InputError, match="2 to fix"):
+        preprocess(replace(dataset, sections=wrong), ["--check"])
+    said = capsys.readouterr().out
+    for part in ("1. DEMO_A1: ", "looked for none.tif", "has 7"):
+        assert part in said
+    assert hashes(folder) == before
 
 
 @pytest.fixture(scope="module")

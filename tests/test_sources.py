@@ -606,8 +606,8 @@ def test_a_spot_under_tissue_that_the_matrix_lacks_is_an_error_naming_both_files
     counts, barcodes, ids, symbols = a_matrix()
     path = write_mtx(tmp_path, counts[:4], barcodes[:4], ids, symbols)
     counts = sources.read_counts(path)
-    with pytest.raises(InputError, match=r"matrix\.mtx lacks 3 of the 7 spots that "
-                                         r"positions\.csv has under tissue"):
+    with pytest.raises(InputError, match=r"3 of 7 spots under tissue of positions\.csv have no "
+                                         r"counts in matrix\.mtx.* at most 10% may be left out"):
         sources.join(counts, spots_for(barcodes, True), "matrix.mtx", "positions.csv")
 
 
@@ -896,8 +896,62 @@ def test_an_anndata_may_lack_spots_but_not_all_of_them(tmp_path):
     adata, (_, barcodes, *_) = an_anndata()
     joined = sources.join(adata[2:], spots_for(barcodes, True), "filtered.h5ad", "positions.csv")
     assert joined.obs_names.tolist() == barcodes[2:]
-    with pytest.raises(InputError, match="lacks 7 of the 7 spots"):
+    with pytest.raises(InputError, match=r"7 of 7 spots under tissue .* have no counts"):
         sources.join(adata[:0], spots_for(barcodes, True), "filtered.h5ad", "positions.csv")
+
+
+@pytest.mark.parametrize(("under_tissue", "in_matrix", "says"), [
+    pytest.param(range(20), range(1, 20), None, id="a filtered matrix without one empty spot"),
+    pytest.param(range(20), range(2, 20), None, id="two of twenty"),
+    pytest.param(range(20), range(3, 20), "3 of 20 .* at most 10%", id="more than a tenth"),
+    pytest.param(range(20), range(1, 40), None, id="a raw matrix without one empty spot"),
+    pytest.param(range(20), range(1, 30), "10 spots that are not under tissue have",
+                 id="a filtered matrix of another section")])
+def test_a_few_spots_without_counts_are_left_out_and_many_are_an_error(
+        under_tissue, in_matrix, says):
+    """A spot without a single count is in no matrix of Space Ranger."""
+    barcodes = [f"B{i:02d}" for i in range(40)]
+    counts = anndata.AnnData(scipy.sparse.csr_matrix((len(in_matrix), 1), dtype=np.int32),
+                             obs=pd.DataFrame(index=[barcodes[i] for i in in_matrix]))
+    spots = spots_for(barcodes, np.isin(range(40), under_tissue))
+    if says:
+        with pytest.raises(InputError, match=says):
+            sources.join(counts, spots, "matrix.h5", "positions.csv")
+    else:
+        joined = sources.join(counts, spots, "matrix.h5", "positions.csv")
+        assert joined.obs_names.tolist() == [barcodes[i] for i in under_tissue if i in in_matrix]
+        n = 20 - joined.n_obs
+        assert joined.uns["left_out"].startswith(f"{n} of 20 spots under tissue")
+        assert joined.uns["left_out"].endswith("for example B00; left out")
+
+
+@pytest.mark.parametrize(("column", "says"), [("array_row", "at array_row 0, array_col 1"),
+                                              ("x", "at x 10, y 20")])
+def test_spots_under_tissue_at_one_place_are_an_error(tmp_path, column, says):
+    """As where an AnnData holds two sections."""
+    table = pd.DataFrame({"barcode": ["A", "B", "C"], "in_tissue": 1, "array_row": [0, 0, 5],
+                          "array_col": [1, 3, 1], "y": [20, 20, 90], "x": [10, 40, 10]})
+    table.columns = sources.POSITION_COLUMNS
+    table.to_csv(tmp_path / "good.csv", index=False)
+    assert len(sources.read_positions(tmp_path / "good.csv")) == 3
+    same = {"array_row": "array_col", "x": "pxl_col_in_fullres"}[column]
+    table[same] = table[same].where(table["barcode"] != "B", table[same][0])
+    table.to_csv(tmp_path / "twice.csv", index=False)
+    with pytest.raises(InputError, match=f"1 of 3 spots under tissue .*{says}"):
+        sources.read_positions(tmp_path / "twice.csv")
+    table["in_tissue"] = [1, 0, 1]  # glass is not used
+    table.to_csv(tmp_path / "glass.csv", index=False)
+    assert len(sources.read_positions(tmp_path / "glass.csv")) == 3
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_barcodes_are_text_whatever_they_look_like(tmp_path, header):
+    names = ["007", "NA", "1e3", "nan"]
+    table = pd.DataFrame({"barcode": names, "in_tissue": 1, "array_row": [0, 1, 2, 3],
+                          "array_col": [0, 1, 0, 1], "y": range(4), "x": range(4)})
+    table.columns = sources.POSITION_COLUMNS
+    table.to_csv(tmp_path / "positions.csv", index=False, header=header)
+    assert sources.read_positions(tmp_path / "positions.csv").index.tolist() == names
 
 
 # ------------------------------------------------------------------------- real data

@@ -24,7 +24,8 @@ from . import command, sources, tissue
 from .batches import encode_patches
 from .checkpoint import SAME_WIDTH, load_checkpoint
 from .dataset import Processed, Run
-from .files import InputError, atomic_path
+from .files import InputError, atomic_path, sha256
+from .identity import Identity, same_places
 from .prediction import (
     KINDS,
     Reference,
@@ -35,7 +36,14 @@ from .prediction import (
 )
 from .retrieval import crowded
 from .settings import predicting
-from .slide import THUMBNAIL, SpotPatches, microns_per_pixel, open_slide, shrunk, stated_mpp
+from .slide import (
+    THUMBNAIL,
+    SpotPatches,
+    leave_outside,
+    microns_per_pixel,
+    open_slide,
+    shrunk,
+)
 from .spots import array_of, geometry_notes, lattice, pitch as spot_pitch
 
 VISIUM_UM = 100  # distance of neighbouring spots, if it cannot be found from the reference
@@ -87,7 +95,8 @@ def predict(adata, image, model, mpp=None, **options):
 
     Otherwise it works as `predict_slide`. If neither the file nor `mpp` gives the µm per pixel,
     they are read from uns["spatial"], if it was written here. Returns a new AnnData: its obs are
-    those of `adata`, with similarity and spread.
+    those of `adata`, with similarity and spread. A few spots that lie outside the picture are left
+    out with a warning.
     """
     if "spatial" not in adata.obsm:
         raise InputError(f'adata has no obsm["spatial"]: x and y of each spot in pixels of {image}')
@@ -99,7 +108,8 @@ def predict(adata, image, model, mpp=None, **options):
         raise InputError(
             f'adata: obsm["spatial"] has no position for {len(lacking)} of {len(xy)} spots, '
             f"{lacking[0]} for one. Leave them out: adata[np.isfinite(...).all(axis=1)]")
-    spots = pd.DataFrame(xy, adata.obs_names, ["x", "y"]).assign(in_tissue=True)
+    spots = pd.DataFrame(xy, adata.obs_names, ["x", "y"])
+    spots = spots.assign(in_tissue=True, row=np.arange(len(xy)))
     if mpp is None:
         with open_slide(image) as slide:
             known = [library["metadata"]["mpp"] for library in adata.uns.get("spatial", {}).values()
@@ -108,7 +118,8 @@ def predict(adata, image, model, mpp=None, **options):
                 mpp = known[0]
     prediction = predict_slide(model, image, mpp, positions=spots, **options)
     certainty = prediction.obs.columns.intersection(["similarity", "spread"])
-    prediction.obs = adata.obs.assign(**prediction.obs[certainty])
+    own = adata.obs.iloc[prediction.obs["row"].to_numpy()]
+    prediction.obs = own.assign(**prediction.obs[certainty])
     return prediction
 
 
@@ -138,10 +149,11 @@ def predict_with(trained, image, mpp, *, how, pitch=None, positions=None, whole_
             found = tissue_of(thumbnail, mpp / scale, whole_image, notes)
             spots = spots_on_tissue(slide, found, scale, pitch_um / mpp, own.spot_um / mpp)
         else:
-            spots = given_spots(positions)
+            spots = spots_inside(slide, given_spots(positions))
         notes += notes_on_slide(slide, spots, mpp, pitch_um)
         warn_of(notes, slide.path)
         xy = spots[["x", "y"]].to_numpy(np.float64)
+        check_apart(processed, list(trained.reference), image, xy)
         device = command.pick_device(device)
         trained.network.to(device, memory_format=torch.channels_last)
         if compile:
@@ -289,7 +301,7 @@ def tissue_of(thumbnail, um, whole_image, notes):
 
 def notes_on_slide(slide, spots, mpp, pitch_um):
     """What contradicts the places and the scale of spots on a slide: a list of text."""
-    stated = {"facts in the image file": stated_mpp(slide)}
+    stated = {"facts in the image file": slide.stated_mpp}
     return geometry_notes(spots[["x", "y"]].to_numpy(np.float64), array_of(spots), mpp, pitch_um,
                           stated)
 
@@ -322,6 +334,25 @@ def given_spots(positions):
         name = "positions" if is_table else positions
         raise InputError(f"{name}: no spot is under tissue (in_tissue == 1 nowhere)")
     return spots
+
+
+def spots_inside(slide, spots):
+    """The spots that lie inside the slide; a few others are left out, with a warning."""
+    inside, note = leave_outside(slide, spots[["x", "y"]].to_numpy())
+    if note:
+        warnings.warn(note, stacklevel=4)
+    return spots[inside]
+
+
+def check_apart(processed, reference, image, xy):
+    """Raise InputError if the spots of a slide, at `xy`, are those of a reference section."""
+    of_slide = Identity(Path(image).name, np.zeros(len(xy), np.uint64), sha256(image), xy, 0)
+    for name in reference:
+        if (same := same_places(of_slide, processed.identity(name))).any():
+            raise InputError(
+                f"{image} is the image of {name}, which the model was trained on: {same.sum():,} "
+                f"of {len(same):,} spots lie at the places of its spots and would be predicted "
+                "from themselves. Hold the section out, or give other spots with --positions")
 
 
 # -------------------------------------------------------------------------------------- SpatialData

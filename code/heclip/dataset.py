@@ -4,6 +4,7 @@ The tree below `ROOT` is the contract between the stages; see "Files" in the REA
 """
 
 import hashlib
+import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ import numpy as np
 import pandas as pd
 
 from .files import InputError, first_line
+from .identity import Identity, shared
 from .panel import choose_panel, read_panel, run_name
+from .spots import array_of
 
 SCRIPTS = Path(__file__).parents[1]
 ROOT = Path(os.environ.get("HECLIP_ROOT") or Path(__file__).resolve().parents[2])
@@ -32,6 +35,7 @@ class Section:
     scale: pixels of the image per pixel of the positions; below 1 if the image is smaller than the
     one that the positions refer to.
     new_ids: gene id -> the id that the other sections have for it.
+    part: conditions that say which spots of the files are of this section; see `part.read_part`.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Section:
     stated_mpp: float | None = None
     scale: float = 1.0
     new_ids: dict = field(default_factory=dict)
+    part: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class Processed:
         self.dataset = dataset
         self.folder = ROOT / "GSE" / dataset / "processed"
         self.sections_path = self.folder / "sections.csv"
+        self.fingerprints_path = self.folder / "fingerprints.npz"  # see `identity.fingerprints`
         self.command_path = self.folder / "command.txt"  # of datasets without a script
 
     def section_path(self, section):
@@ -191,6 +197,41 @@ class Processed:
         if not reference:
             raise InputError(f"--query {' '.join(query)}: no section is left to learn from")
         return reference, list(query)
+
+    def identity(self, section):
+        """The Identity of a section, which shows whether another one holds the same spots."""
+        fingerprints, spots = self.fingerprints(), self.spots(section)
+        if len(fingerprints.get(section, ())) != spots.n_obs:
+            raise InputError(f"{self.fingerprints_path} is not of {self.section_path(section)}. "
+                             f"Run {self.command} again")
+        return identity_of(section, spots, fingerprints[section])
+
+    def fingerprints(self):
+        """Section -> the fingerprints of its spots, uint64 (n_spots,)."""
+        path = self.need(self.fingerprints_path)
+        try:
+            with np.load(path) as file:
+                return dict(file)
+        except Exception as error:  # zip and numpy raise many kinds
+            raise InputError(f"{path} is damaged ({first_line(error)}). Run {self.command} "
+                             "again") from None
+
+    def check_apart(self, query, reference):
+        """Raise InputError if a section is in its own reference: by name, by files, or by spots.
+
+        query: a section's name. reference: names.
+        """
+        if query in reference:
+            raise InputError(f"{query} is in its own reference, {', '.join(reference)}. Hold it "
+                             "out, or name another query")
+        digest = self.sections()["digest"]
+        if same := [name for name in reference if digest[name] == digest[query]]:
+            raise InputError(f"{query} and {same[0]} were made from the same files, so {query} "
+                             "would be predicted from itself. Leave one of them out")
+        of_query = self.identity(query)
+        for name in reference:
+            if problem := shared(of_query, self.identity(name)):
+                raise InputError(f"{self.folder}: {problem}")
 
     def check_made_from(self, sections):
         """Raise InputError if a section was preprocessed since the section table was written.
@@ -302,6 +343,12 @@ class Processed:
             return corrected
         with self.opened(section) as file:
             return read_columns(file, panel.ids)
+
+
+def identity_of(section, spots, fingerprints):
+    """The Identity of a processed section, AnnData."""
+    return Identity(section, fingerprints, json.loads(spots.uns["made_from"])["image"],
+                    spots.obsm["spatial"], int(spots.uns["crop_px"]), array_of(spots.obs))
 
 
 def section_digest(made_from):

@@ -11,10 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from . import expression, figures, slide, sources
-from .dataset import ROOT, Dataset, Processed, patches_digest, section_digest
+from . import expression, figures, identity, slide, sources
+from .dataset import ROOT, Dataset, Processed, identity_of, patches_digest, section_digest
 from .files import InputError, atomic_path, locked, sha256, write_h5ad
 from .panel import choose_panel, read_panel
+from .part import of_obs, of_places, selected
 from .spots import array_of, geometry_notes, pitch
 
 DRAWING = threading.Lock()  # matplotlib is not thread-safe
@@ -40,10 +41,12 @@ def prepare(dataset, raw, protocol="strict", workers=1, only=None):
     if only:
         return
     table = pd.DataFrame(rows).set_index("section")
+    genes = {section.name: processed.genes(section.name) for section in dataset.sections}
+    common = set.intersection(*(set(var.index) for var in genes.values()))
+    write_fingerprints(processed, list(table.index), common)
     with atomic_path(processed.sections_path) as path:
         table.to_csv(path)
 
-    genes = {section.name: processed.genes(section.name) for section in dataset.sections}
     for panel_type in ("hvg", "heg"):
         write_panel(dataset, processed, genes, panel_type, "strict")
         if protocol == "paper":
@@ -51,7 +54,6 @@ def prepare(dataset, raw, protocol="strict", workers=1, only=None):
 
     shown = table[["donor", "role", "n_spots", "n_genes", "mpp", "padded"]]
     print(shown.to_string(float_format="%.4f"))
-    common = set.intersection(*(set(var.index) for var in genes.values()))
     print(f"{len(common):,} genes are in every section")
     symbols = set().union(*(var["symbol"] for var in genes.values()))
     if unknown := [marker for marker in dataset.markers if marker not in symbols]:
@@ -62,6 +64,29 @@ def prepare(dataset, raw, protocol="strict", workers=1, only=None):
         absent = f", without the markers {', '.join(panel.absent)}" if panel.absent else ""
         print(f"panel {path.stem.removeprefix('panel_')}: {len(panel)} genes{absent}")
     print(f"Look at {ROOT / 'figure' / 'QC' / dataset.name}: every spot must lie on its tissue.")
+
+
+def write_fingerprints(processed, names, common):
+    """Write what distinguishes the sections' spots, for `Processed.check_apart`.
+
+    names: of the sections. common: the gene ids that every section has.
+    Raises InputError, before any file is written, if two sections hold the same spots.
+    """
+    found, sections = {}, []
+    for name in names:
+        adata = processed.read(name)
+        found[name] = identity.fingerprints(adata.layers["counts"], adata.var_names, common)
+        sections.append(identity_of(name, adata, found[name]))
+    problems, notes = identity.compare(sections)
+    if problems:
+        more = ""
+        if len(problems) > 1:
+            more = f". And {len(problems) - 1} more: --check lists them all"
+        raise InputError(f"dataset {processed.dataset}: {problems[0]}{more}")
+    for note in notes:
+        print(note)
+    with atomic_path(processed.fingerprints_path) as path, open(path, "wb") as file:
+        np.savez(file, **found)
 
 
 def check_own(processed, dataset, part):
@@ -112,12 +137,21 @@ def preprocess_section(dataset, section, raw, processed):
     up to date. Returns the section's row of sections.csv.
     Raises InputError if a raw file is missing, damaged or does not fit the others.
     """
-    files = {what: sources.find(raw, getattr(section, what), f"{what} of section {section.name}")
-             for what in ("counts", "positions", "image")}
-    if dataset.symbols:
-        files["symbols"] = sources.find(raw, dataset.symbols, "gene symbols")
+    files = {what: find_file(dataset, section, raw, what) for what in files_needed(dataset)}
     with locked(processed.section_path(section.name)):
         return update_section(dataset, section, files, processed)
+
+
+def files_needed(dataset):
+    """What the raw files of a section are."""
+    return ("counts", "positions", "image", *(["symbols"] if dataset.symbols else []))
+
+
+def find_file(dataset, section, raw, what):
+    """The path of one raw file of a section. what: see `files_needed`."""
+    if what == "symbols":
+        return sources.find(raw, dataset.symbols, "gene symbols")
+    return sources.find(raw, getattr(section, what), f"{what} of section {section.name}")
 
 
 def update_section(dataset, section, files, processed):
@@ -132,7 +166,9 @@ def update_section(dataset, section, files, processed):
         if earlier:
             adata = read_section(dataset, section, files)
         adata.uns["made_from"] = json.dumps(made_from)
-        write_section(dataset, section, files, adata, processed)
+        adata = write_section(dataset, section, files, adata, processed)
+    for note in adata.uns["left_out"].splitlines():
+        print(f"{section.name}: {note}")
     picture = ROOT / "figure" / "QC" / dataset.name / f"{section.name}.jpg"
     if changed or not picture.exists():
         with DRAWING:
@@ -163,28 +199,46 @@ def read_earlier(processed, section):
 
 
 def write_section(dataset, section, files, adata, processed):
-    """Write a section's expression, with the picture of its slide in it, and its patches."""
-    mpp = section_mpp(section, adata, files["positions"], dataset.pitch_um)
+    """Write a section's expression, with the picture of its slide in it, and its patches.
+
+    adata: as `read_section` returns it. Returns its spots that have a patch, log-normalised.
+    """
     spot_um = dataset.spot_um * (section.pitch_um or dataset.pitch_um) / dataset.pitch_um
     section_path = processed.section_path(section.name)
     patches_path = processed.patches_path(section.name)
+    image = files["image"]
     # Both get their names at the very end, one right after the other, so that the patches of one
     # version do not meet the expression of another.
-    with atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches:
-        thumbnail, scale, image_mpp = write_patches(dataset, files["image"], adata, mpp, patches,
-                                                    processed.folder)
-        notes = geometry_notes_of(section, adata, mpp, image_mpp, dataset.pitch_um)
+    with (atomic_path(section_path) as h5ad, atomic_path(patches_path) as patches,
+          slide.open_picture(image, processed.folder) as picture):
+        adata = normalised(picture.of(adata), dataset)
+        mpp = section_mpp(section, adata, files["positions"], dataset.pitch_um)
+        adata.uns["crop_px"] = crop_px = crop_size(dataset, mpp, picture, adata)
+        thumbnail, scale, adata.uns["padded"] = picture.write(
+            adata, crop_px, dataset.patch_px, patches)
+        notes = geometry_notes_of(section, adata, mpp, picture.stated_mpp, dataset.pitch_um)
         for note in notes:
             print(f"warning: {section.name}: {note}", flush=True)
         adata.uns["patches_digest"] = patches_digest(np.load(patches, mmap_mode="r"))
         adata.uns["spatial"] = {section.name: {
             "images": {"hires": thumbnail},
             "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": spot_um / mpp},
-            "metadata": {"mpp": mpp, "source_image_path": files["image"].name,
+            "metadata": {"mpp": mpp, "source_image_path": image.name,
                          "notes": "\n".join(notes)}}}
         write_h5ad(adata, h5ad)
         for kind in ("hvg", "heg"):  # these were corrected from the expression replaced now
             processed.corrected_path(section.name, kind).unlink(missing_ok=True)
+    return adata
+
+
+def normalised(adata, dataset):
+    """The spots with enough counts, log-normalised, with statistics of the genes."""
+    enough = np.asarray(adata.X.sum(axis=1)).ravel() >= dataset.min_counts
+    if not enough.all():
+        adata = adata[enough].copy()
+    expression.log_normalise(adata)
+    expression.gene_statistics(adata)
+    return adata
 
 
 def describe(dataset, section, files):
@@ -196,59 +250,66 @@ def describe(dataset, section, files):
         # Two files with one name are recorded with their folders' names.
         unique = names.count(path.name) == 1
         digests[path.name if unique else f"{path.parent.name}/{path.name}"] = sha256(path)
-    return {"format": FORMAT, "files": digests, "n_spots": section.n_spots,
+    image = digests.get(files["image"].name) or sha256(files["image"])
+    return {"format": FORMAT, "files": digests, "image": image, "n_spots": section.n_spots,
             "patch_px": dataset.patch_px, "min_counts": dataset.min_counts,
             "pitch_um": section.pitch_um or dataset.pitch_um, "spot_um": dataset.spot_um,
             "patch_um": dataset.patch_um, "mpp": section.mpp, "scale": section.scale,
+            "part": [str(condition) for condition in section.part],
             "new_ids": hashlib.sha256(json.dumps(section.new_ids).encode()).hexdigest()}
 
 
 def read_section(dataset, section, files):
-    """Counts and positions of one section, joined, checked and log-normalised: AnnData.
+    """Counts and positions of one section, joined and checked: AnnData, X counts.
 
     Raises InputError if the number of spots is not the reported one, or if all spots are too empty.
     """
     names = dict.fromkeys(path.name for path in files.values())
     print(f"{section.name}: reading {', '.join(names)}", flush=True)
-    counts, spots = sources.read_counts(files["counts"]), read_spots(section, files["positions"])
+    counts = read_counts(section, files["counts"])
     if left_out := counts.uns.pop("no_genes"):
         print(f"{section.name}: {left_out} are no genes and are left out", flush=True)
-    counts.var_names = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
-    adata = sources.join(counts, spots, files["counts"], files["positions"])
-    if files["image"].suffix == ".h5":
-        adata = slide.StoredPatches(files["image"]).of(adata)
+    adata = sources.join(counts, read_spots(section, files["positions"]), files["counts"],
+                         files["positions"])
+    if "symbols" in files:
+        symbols = sources.read_symbols(files["symbols"]).reindex(adata.var_names)
+        adata.var["symbol"] = symbols.fillna(pd.Series(adata.var_names, adata.var_names))
+    check_spots(dataset.min_counts, section, adata, files)
+    return adata
+
+
+def check_spots(min_counts, section, adata, files):
+    """Raise InputError if the spots are not as many as reported, or none has enough counts."""
     if section.n_spots is not None and adata.n_obs != section.n_spots:
         raise InputError(f"section {section.name}: {files['counts']} with {files['positions']} "
                          f"gives {adata.n_obs} spots under tissue, but {section.name} has "
                          f"{section.n_spots}. One of them is another section's file")
-    if "symbols" in files:
-        symbols = sources.read_symbols(files["symbols"]).reindex(adata.var_names)
-        adata.var["symbol"] = symbols.fillna(pd.Series(adata.var_names, adata.var_names))
-    total = np.asarray(adata.X.sum(axis=1)).ravel()
-    least = max(1, dataset.min_counts)
-    if total.max() < least:
+    fullest, least = adata.X.sum(axis=1).max(), max(1, min_counts)
+    if fullest < least:
         raise InputError(f"section {section.name}: no spot of {files['counts']} has {least} counts "
-                         f"or more (min_counts of dataset {dataset.name}); the fullest has "
-                         f"{total.max()}")
-    if (enough := total >= dataset.min_counts).sum() < len(total):
-        adata = adata[enough].copy()
-    expression.log_normalise(adata)
-    expression.gene_statistics(adata)
-    return adata
+                         f"or more (min_counts); the fullest has {fullest}")
+
+
+def read_counts(section, path):
+    """The counts of a section, with the gene ids that the sections share."""
+    counts = sources.read_counts(path, of_obs(section.part) if path.suffix == ".h5ad" else ())
+    counts.var_names = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
+    return counts
 
 
 def read_spots(section, path):
     """The position table of a section, in pixels of its image."""
-    spots = sources.read_positions(path)
+    spots = sources.read_positions(path, of_obs(section.part))
     spots[["x", "y"]] *= section.scale
-    return spots
+    return spots[selected(spots, of_places(section.part), path)]
 
 
-def crop_size(dataset, mpp, stored, adata):
+def crop_size(dataset, mpp, picture, adata):
     """The side of what a patch shows, in full-resolution pixels.
 
-    stored: the patches of a section that has no image. Raises InputError if they show too little.
+    picture: see `slide.open_picture`. Raises InputError if stored patches show too little.
     """
+    stored = picture if isinstance(picture, slide.StoredPatches) else None
     if dataset.patch_um is None:
         return stored.crop_px(adata) if stored else dataset.patch_px
     crop_px = max(1, round(dataset.patch_um / mpp))
@@ -257,24 +318,6 @@ def crop_size(dataset, mpp, stored, adata):
                          f"less than --patch_um {dataset.patch_um:g}. Give a smaller one, or the "
                          "section's image")
     return crop_px
-
-
-def write_patches(dataset, image, adata, mpp, path, scratch):
-    """Write the patches of a section's spots, from its image or from a file of patches.
-
-    Adds two entries to adata.uns: crop_px, what a patch shows in full-resolution pixels, and
-    padded, the number of patches that reach over the image's edge. Returns the thumbnail, its
-    pixels per full-resolution pixel, and the microns per pixel that the image states, or None.
-    """
-    stored = slide.StoredPatches(image) if image.suffix == ".h5" else None
-    adata.uns["crop_px"] = crop_px = crop_size(dataset, mpp, stored, adata)
-    if stored:
-        adata.uns["padded"] = 0
-        return *stored.write(adata, crop_px, dataset.patch_px, path), None
-    with slide.open_slide(image, scratch) as opened:
-        thumbnail, scale, adata.uns["padded"] = slide.crop_patches(
-            opened, adata.obsm["spatial"], crop_px, path, dataset.patch_px)
-        return thumbnail, scale, slide.stated_mpp(opened)
 
 
 def section_mpp(section, adata, positions_path, pitch_um=Dataset.pitch_um):

@@ -34,14 +34,38 @@ def preprocess(dataset, argv=None, generate=None):
     # Imported here because it takes seconds, and a wrong flag should be answered at once.
     from .preprocess import prepare
 
+    dataset = replace(dataset, patch_um=given.patch_um, patch_px=given.patch_px)
+    if given.check:
+        return check(dataset, given.raw)
     if generate:
         generate(given.raw)
-    dataset = replace(dataset, patch_um=given.patch_um, patch_px=given.patch_px)
     prepare(dataset, given.raw, given.protocol, given.workers, given.section)
+
+
+def check(dataset, raw):
+    """Print what there is of a dataset in the folder `raw`, and every problem; write nothing."""
+    from . import preprocess, sheet, sources
+
+    problems, sections = [], []
+    for section in dataset.sections:
+        files = {}
+        for what in ("counts", "positions", "image"):
+            with sheet.collecting(problems, section.name):
+                files[what] = None
+                files[what] = preprocess.find_file(dataset, section, raw, what)
+        sections.append(replace(section, **files))
+    if dataset.symbols:
+        with sheet.collecting(problems, dataset.name):
+            sources.read_symbols(sources.find(raw, dataset.symbols, "gene symbols"))
+    cut = sheet.Cut(dataset.patch_px, dataset.patch_um, dataset.min_counts, dataset.pitch_um)
+    sheet.report(raw, sections, cut, problems, [])
 
 
 def add_flags(flags, patch_px):
     """The flags that every preprocess script has."""
+    flags.add_argument("--check", action="store_true",
+                       help="read everything, show what was found and every problem, and write "
+                            "nothing")
     flags.add_argument("--protocol", choices=["strict", "paper"], default="strict",
                        help="paper: also prepare the published panel and batch correction, over "
                             "all sections")

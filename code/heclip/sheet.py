@@ -10,8 +10,9 @@ import csv
 import json
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,14 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from . import preprocess, slide, sources
-from .dataset import ROOT, Section
-from .files import InputError, first_line
+from . import identity, preprocess, slide, sources
+from .dataset import ROOT, Dataset, Section
+from .files import InputError, first_line, sha256
+from .part import of_obs, read_part
 from .spots import array_of, staggered
 
 NEEDED = ["section", "counts", "donor", "role"]
-KNOWN = [*NEEDED, "image", "positions", "mpp", "pitch", "scale", "bin"]
+KNOWN = [*NEEDED, "image", "positions", "mpp", "pitch", "scale", "bin", "part"]
 # Endings of file names, the preferred one first. Any prefix may come before them.
 COUNTS = ["filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix", "matrix.mtx",
           "matrix.mtx.gz", "raw_feature_bc_matrix.h5", "raw_feature_bc_matrix"]
@@ -40,11 +42,15 @@ ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 @contextmanager
 def collecting(problems, section):
-    """Add the InputError that a block raises to the list of problems, under the section's name."""
+    """Add the InputError that a block raises to the list of problems, under the section's name.
+
+    Once, if two blocks read the same file.
+    """
     try:
         yield
     except InputError as error:
-        problems.append(f"{section}: {error}")
+        if (problem := f"{section}: {error}") not in problems:
+            problems.append(problem)
 
 
 # ---------------------------------------------------------------------------------------- the sheet
@@ -132,7 +138,7 @@ def read_line(row, folder, name, problems):
         return (folder / Path(row[column]).expanduser()).resolve() if row[column] else None
 
     counts = positions = image = pitch_um = mpp = lattice = None
-    scale, numbers = 1.0, {}
+    scale, numbers, part = 1.0, {}, ()
     for column in ("mpp", "pitch"):
         with collecting(problems, name):
             numbers[column] = number(row[column], column)
@@ -144,9 +150,12 @@ def read_line(row, folder, name, problems):
     if counts or row["image"]:
         with collecting(problems, name):
             image = find_image(given("image"), counts)
+    with collecting(problems, name):
+        part = read_part(row["part"])
+        check_part(part, counts, positions)
     if positions:
         with collecting(problems, name):
-            scale = find_scale(row["scale"], positions, image)
+            scale = find_scale(row["scale"], positions, image, part)
         with collecting(problems, name):
             pitch_um, mpp, lattice = stated_scale(positions, asked=any(numbers.values()))
             mpp = mpp and mpp / scale
@@ -156,7 +165,15 @@ def read_line(row, folder, name, problems):
         name=row["section"], donor=row["donor"], role=row["role"], counts=counts,
         positions=positions, image=image, scale=scale, stated_mpp=mpp,
         mpp=numbers.get("mpp") or (None if by_pitch else mpp),
-        pitch_um=numbers.get("pitch") or pitch_um)
+        pitch_um=numbers.get("pitch") or pitch_um, part=part)
+
+
+def check_part(part, counts, positions):
+    """Raise InputError if a part asks for columns of an AnnData where there is none."""
+    asked = of_obs(part)
+    if asked and not any(path and path.suffix == ".h5ad" for path in (counts, positions)):
+        raise InputError(f"part {asked[0]} asks for a column of an .h5ad, but its files are none. "
+                         "Use array_row, array_col, x or y")
 
 
 def number(text, column):
@@ -264,10 +281,11 @@ def find_image(given, counts):
                      "Ranger's tissue_hires_image.png and write hires in the column scale")
 
 
-def find_scale(text, positions, image):
+def find_scale(text, positions, image, part=()):
     """The factor that turns positions into pixels of the image.
 
-    text: a number; hires or lowres, whose factor Space Ranger states; empty: 1.
+    text: a number; hires or lowres, whose factor Space Ranger states; empty: 1. part: conditions,
+    of which one may name a library of an AnnData.
     Raises InputError if the factor cannot be read or is not stated.
     """
     if text not in ("hires", "lowres"):
@@ -277,7 +295,8 @@ def find_scale(text, positions, image):
             raise InputError(f"scale is {text!r}, expected a number above 0, hires or "
                              "lowres") from None
     if positions.suffix == ".h5ad":
-        factors, where = sources.scale_facts(positions), f"{positions}: uns['spatial']"
+        factors = sources.scale_facts(positions, part)
+        where = f"{positions}: uns['spatial']"
     else:
         where = scale_factors_file(positions, image)
         if where is None:
@@ -482,6 +501,7 @@ class Cut(NamedTuple):
     patch_px: int  # side of a patch
     patch_um: float | None  # what it shows, in microns; None: patch_px pixels of the slide
     min_counts: int  # spots with fewer counts are dropped
+    pitch_um: float = Dataset.pitch_um  # of sections that have none of their own
 
 
 def check(sections, cut, problems):
@@ -490,14 +510,17 @@ def check(sections, cut, problems):
     sections: as `read_sheet` returns them. cut: a Cut. problems: a list that is added to.
     Returns (DataFrame of what was found, index section; notes as a list of text).
     """
-    rows, genes, notes = [], {}, []
-    for section in sections:
-        row, ids = inspect(section, cut, problems, notes)
-        rows.append(row)
-        if ids is not None:
-            genes[section.name] = ids
-    table = pd.DataFrame(rows).set_index("section")
+    rows, notes, identities = [], [], []
+    genes = read_all_genes(sections)
     common = shared(genes.values())
+    for section in sections:
+        row, found = inspect(section, cut, common, problems, notes)
+        rows.append(row)
+        identities += [found] if found else []
+    table = pd.DataFrame(rows).set_index("section")
+    same, apart = identity.compare(identities)
+    problems += same
+    notes += apart
     if genes and not common:
         problems.append(f"{', '.join(genes)}: no gene is in all of them. Check that they are of "
                         "one species, and that their genes have Ensembl ids or symbols")
@@ -517,19 +540,30 @@ def check(sections, cut, problems):
     return table, notes
 
 
-def inspect(section, cut, problems, notes):
-    """One section's row of the table that `check` returns, as a dict, and its gene ids.
+def read_all_genes(sections):
+    """Section -> the ids of its genes, of the sections whose gene table can be read."""
+    genes = {}
+    for section in sections:
+        with suppress(InputError):  # `inspect` reads the counts too, and reports it
+            ids = sources.read_genes(section.counts).index if section.counts else None
+            if ids is not None:
+                genes[section.name] = ids.map(lambda gene, new=section.new_ids: new.get(gene, gene))
+    return genes
 
-    problems, notes: lists that are added to. The ids are None if the counts cannot be read.
+
+def inspect(section, cut, common, problems, notes):
+    """One section's row of the table that `check` returns, as a dict, and its Identity or None.
+
+    common: the genes that every section has. problems, notes: lists that are added to.
     """
-    name = section.name
+    name, found = section.name, None
     row = {"section": name, "donor": section.donor, "role": section.role, "spots": np.nan,
            "genes": np.nan, "median counts": np.nan, "mpp": np.nan, "patch µm": np.nan,
            "image": "", "positions": "", "inside": ""}
-    counts = spots = adata = stored = image_mpp = None
+    counts = spots = adata = picture = None
     if section.counts:
         with collecting(problems, name):
-            counts = sources.read_counts(section.counts)
+            counts = preprocess.read_counts(section, section.counts)
             row["genes"] = counts.n_vars
             if left_out := counts.uns["no_genes"]:
                 notes.append(f"{name}: {left_out} are no genes and are left out")
@@ -540,71 +574,63 @@ def inspect(section, cut, problems, notes):
     if counts is not None and spots is not None:
         with collecting(problems, name):
             adata = sources.join(counts, spots, section.counts, section.positions)
-            n_in_tissue = spots["in_tissue"].sum()
-            if absent := n_in_tissue - adata.n_obs:
-                notes.append(f"{name}: {section.counts.name} lacks {absent:,} of the "
-                             f"{n_in_tissue:,} spots under tissue in {section.positions.name}; "
-                             "they are left out")
-    if section.image:
-        with collecting(problems, name):
-            adata, stored, image_mpp = inspect_image(section, spots, adata, row)
     if adata is not None:
         with collecting(problems, name):
-            total = np.asarray(adata.X.sum(axis=1)).ravel()
-            row["spots"] = (total >= cut.min_counts).sum()
-            row["median counts"] = round(np.median(total))
-            check_fullest(section, total.max(), max(1, cut.min_counts))
+            files = {"counts": section.counts, "positions": section.positions}
+            preprocess.check_spots(cut.min_counts, section, adata, files)
+    if section.image:
+        with collecting(problems, name), slide.open_picture(section.image) as picture:
+            adata = inspect_picture(section, picture, spots, adata, row)
+    if adata is not None:
+        total = np.asarray(adata.X.sum(axis=1)).ravel()
+        row["spots"] = (total >= cut.min_counts).sum()
+        row["median counts"] = round(np.median(total))
+        notes += [f"{name}: {note}" for note in adata.uns["left_out"].splitlines()]
         with collecting(problems, name):
-            mpp = row["mpp"] = preprocess.section_mpp(section, adata, section.positions)
-            crop_px = preprocess.crop_size(cut, mpp, stored, adata)
+            mpp = row["mpp"] = preprocess.section_mpp(section, adata, section.positions,
+                                                      cut.pitch_um)
+            crop_px = preprocess.crop_size(cut, mpp, picture, adata)
             row["patch µm"] = crop_px * mpp
-            found = preprocess.geometry_notes_of(section, adata, mpp, image_mpp)
-            notes += [f"{name}: {note}" for note in found]
-    ids = None
-    if counts is not None:
-        ids = counts.var_names.map(lambda gene: section.new_ids.get(gene, gene))
-    return row, ids
+            stated = picture and picture.stated_mpp
+            doubts = preprocess.geometry_notes_of(section, adata, mpp, stated, cut.pitch_um)
+            notes += [f"warning: {name}: {doubt}" for doubt in doubts]
+            if section.image:
+                fingerprints = identity.fingerprints(adata.X, adata.var_names, common)
+                found = identity.Identity(name, fingerprints, file_digest(section.image),
+                                          adata.obsm["spatial"], crop_px, array_of(adata.obs))
+    return row, found
 
 
-def inspect_image(section, spots, adata, row):
+def inspect_picture(section, picture, spots, adata, row):
     """Fill a section's `row` with what its image is, and how many spots lie inside it.
 
-    spots, adata: the section's positions, and its spots with counts; None if they cannot be read.
-    Returns (adata, its spots that have a patch; StoredPatches, or None for an image; microns per
-    pixel that the image file states, or None).
+    picture: see `slide.open_picture`. spots, adata: the section's positions, and its spots with
+    counts; None if they cannot be read. Returns the spots of adata that have a patch.
     """
-    if section.image.suffix == ".h5":
-        stored = slide.StoredPatches(section.image)
-        row["image"] = f"patches of {stored.side} px"
-        if adata is None:
-            return None, stored, None
-        with_patch = stored.of(adata)
-        row["inside"] = f"{with_patch.n_obs} of {adata.n_obs}"
-        return with_patch, stored, None
-    with slide.open_slide(section.image) as opened:
-        row["image"] = f"{opened.width} x {opened.height}"
+    if isinstance(picture, slide.StoredPatches):
+        row["image"] = f"patches of {picture.side} px"
+    else:
+        row["image"] = f"{picture.width} x {picture.height}"
         if spots is not None:
             xy = spots.loc[spots["in_tissue"], ["x", "y"]].to_numpy()
-            row["inside"] = f"{len(xy) - slide.outside(opened, xy).sum()} of {len(xy)}"
-            check_spots_inside(section, opened, xy)
-        return adata, None, slide.stated_mpp(opened)
-
-
-def check_fullest(section, most, least):
-    """Raise InputError if the counts of the fullest spot, `most`, are fewer than `least`."""
-    if most < least:
-        raise InputError(f"no spot of {section.counts} has {least} counts or more (--min_counts); "
-                         f"the fullest has {most}")
+            row["inside"] = f"{len(xy) - slide.outside(picture, xy).sum()} of {len(xy)}"
+            check_spots_inside(section, picture, xy)
+    if adata is None:
+        return None
+    n_obs = adata.n_obs
+    adata = picture.of(adata)
+    row["inside"] = row["inside"] or f"{adata.n_obs} of {n_obs}"
+    return adata
 
 
 def check_spots_inside(section, opened, xy):
-    """Raise an InputError if spots lie outside the slide.
+    """Raise an InputError if many spots lie outside the slide.
 
     opened: a Slide. xy: (n_spots, 2) pixels of it. The error names the scale, hires or lowres, with
     which all spots would lie inside, if there is one.
     """
     try:
-        slide.check_inside(opened, xy)
+        slide.leave_outside(opened, xy)
     except InputError as error:
         for word in ("hires", "lowres"):
             try:
@@ -615,3 +641,33 @@ def check_spots_inside(section, opened, xy):
                 raise InputError(f"{error}. With {word} in the column scale all would lie "
                                  "inside") from None
         raise
+
+
+file_digest = cache(sha256)  # of each file once
+
+
+# ------------------------------------------------------------------------------ what check prints
+
+
+def report(path, sections, cut, problems, notes):
+    """Check sections, and print what was found and every problem.
+
+    path: the sheet, or the folder of the raw files. problems, notes: lines to print; more are found
+    here. Raises InputError if there is any problem.
+    """
+    table, found = check(sections, cut, problems)
+
+    def shown(value):
+        return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+    print(table.to_string(float_format=shown, na_rep="?"))
+    for line in [*notes, *found]:
+        print(f"- {line}")
+    if problems:
+        print()
+        for number, problem in enumerate(problems, 1):
+            print(f"{number}. {problem}")
+        raise InputError(f"{path}: {len(problems)} to fix, listed above. Nothing was written")
+    warned = any(line.startswith("warning: ") for line in [*notes, *found])
+    print("Nothing must be fixed, but read the warnings." if warned else "All is well.",
+          "Next: the same command without --check")

@@ -42,6 +42,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .files import InputError, first_line, temporary_path
+from .missing import add_note, leave_out
 
 BAND = 128  # rows of a band, at least: more would leave the processor's cache
 CACHE = 256 << 20  # bytes of decoded tiles
@@ -84,6 +85,23 @@ class Slide:
         self.capacity, self.held = CACHE, 0
         self.tiles = OrderedDict()  # (level's downsample, row, column) -> (future pixels, bytes)
         self.decoders = ThreadPoolExecutor(DECODERS)
+
+    @property
+    def stated_mpp(self):
+        """The mean width of a pixel in µm that the file states, or None."""
+        return None if self.mpp is None else sum(self.mpp) / 2
+
+    def of(self, adata):
+        """The spots whose centres lie inside. Raises InputError if many lie outside."""
+        inside, note = leave_outside(self, adata.obsm["spatial"])
+        if note:
+            adata = adata[inside].copy()
+            add_note(adata, note)
+        return adata
+
+    def write(self, adata, crop_px, patch_px, path):
+        """Write the spots' patches; see `crop_patches`."""
+        return crop_patches(self, adata.obsm["spatial"], crop_px, path, patch_px)
 
     def level_for(self, downsample):
         """The coarsest level that is no coarser than `downsample`."""
@@ -205,6 +223,19 @@ def open_slide(path, scratch=None):
             raise unreadable(path, error) from None
         slide = Slide(path, levels, mpp)
         stack.callback(slide.decoders.shutdown)
+        yield slide
+
+
+@contextmanager
+def open_picture(path, scratch=None):
+    """Open what patches are cut from: yields a Slide, or StoredPatches for a file of patches.
+
+    Both have `of`, the spots that have a patch, and `write`, which writes these patches.
+    """
+    if Path(path).suffix == ".h5":
+        yield StoredPatches(path)
+        return
+    with open_slide(path, scratch) as slide:
         yield slide
 
 
@@ -471,12 +502,7 @@ def microns_per_pixel(slide, given=None):
     if abs(x / y - 1) > 0.02:
         raise InputError(f"{slide.path}: its pixels are not square, {x:.4g} by {y:.4g} µm. "
                          "Resample the image, or give one width with --mpp if that is an error")
-    return stated_mpp(slide)
-
-
-def stated_mpp(slide):
-    """The mean width of a pixel in µm that a slide's file states, or None."""
-    return None if slide.mpp is None else sum(slide.mpp) / 2
+    return slide.stated_mpp
 
 
 def plausible(x, y):
@@ -601,14 +627,29 @@ def outside(slide, xy):
     return ((centres < 0) | (centres >= [slide.width, slide.height])).any(axis=1)
 
 
+def leave_outside(slide, xy):
+    """Leave out the few spots whose centres lie outside the slide.
+
+    Returns (which lie inside, bool (n,); a note, or None). Raises InputError if many lie outside.
+    """
+    out, example = outside(slide, xy), ""
+    if out.any():
+        x, y = np.rint(xy[out][0]).astype(int)
+        example = f", for example at x {x}, y {y}"
+    note = leave_out(
+        out, f"lie outside {slide.path}, which has {slide.width} x {slide.height} pixels{example}",
+        "It is another section's image, or not the full-resolution one, which a sample sheet can "
+        "state in its column scale")
+    return ~out, note
+
+
 def check_inside(slide, xy):
     """Raise InputError if a spot centre lies outside the slide."""
     if (out := outside(slide, xy)).any():
         x, y = np.rint(xy[out][0]).astype(int)
         raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but {out.sum()} "
-                         f"of {len(xy)} spots lie outside it, one at x {x}, y {y}. It is another "
-                         "section's image, or not the full-resolution one, which a sample sheet "
-                         "can state in its column scale")
+                         f"of {len(xy)} spots lie outside it, one at x {x}, y {y}. They are "
+                         "another slide's, or not in full-resolution pixels")
 
 
 def repeat_edge(patch, left, top, slide):
@@ -643,11 +684,7 @@ class SpotPatches:
     def __init__(self, slide, xy, crop, patch_px, device):
         self.slide, self.patch_px, self.device = slide, patch_px, device
         self.xy = np.rint(xy).astype(np.int64)
-        if (out := outside(slide, xy)).any():
-            x, y = self.xy[out][0]
-            raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, but "
-                             f"{out.sum()} of {len(xy)} spots lie outside it, one at x {x}, y {y}. "
-                             "They are another slide's, or not in full-resolution pixels")
+        check_inside(slide, xy)
         if crop > max(slide.width, slide.height):
             raise InputError(f"{slide.path} has {slide.width} x {slide.height} pixels, and a patch "
                              f"would take {crop:.0f}: check --mpp")
@@ -748,6 +785,8 @@ class StoredPatches:
     in full-resolution pixels. barcode: (N, 1).
     """
 
+    stated_mpp = None  # such a file states none
+
     def __init__(self, path):
         self.path = path
         try:
@@ -771,13 +810,17 @@ class StoredPatches:
             raise InputError(f"{path}: barcode {twice} occurs more than once")
 
     def of(self, adata):
-        """The spots that have a patch. HEST stores none off its tissue mask or too near an edge."""
-        kept = adata.obs_names.isin(self.row.index)
-        if not kept.any():
-            raise InputError(f"{self.path} has none of the section's {adata.n_obs} spots; its own "
-                             f"barcodes begin {', '.join(self.row.index[:2])}. "
-                             "It is another section's")
-        return adata[kept].copy()
+        """The spots that have a patch. HEST stores none off its tissue mask or too near an edge.
+
+        Raises InputError if many spots have none.
+        """
+        has_patch = adata.obs_names.isin(self.row.index)
+        note = leave_out(~has_patch, f"have no patch in {self.path}",
+                         f"Its own barcodes begin {', '.join(self.row.index[:2])}. It is another "
+                         "section's, or incomplete")
+        adata = adata[has_patch].copy()
+        add_note(adata, note)
+        return adata
 
     def crop_px(self, adata):
         """The side of what a patch shows, in full-resolution pixels.
@@ -796,7 +839,7 @@ class StoredPatches:
         3), in spot order.
 
         Returns (thumbnail uint8 (h, w, 3): the patches in their places on white, its pixels per
-        full-resolution pixel).
+        full-resolution pixel, 0 patches that reach over an edge).
         """
         inner = min(self.side, round(self.side * crop_px / self.crop_px(adata)))
         edge = (self.side - inner) // 2
@@ -813,7 +856,7 @@ class StoredPatches:
                 out.write(resample(patch, patch_px).tobytes())
                 thumbnail.paste(Image.fromarray(resample(patch, tile)),
                                 (round(x * scale - tile / 2), round(y * scale - tile / 2)))
-        return np.asarray(thumbnail), scale
+        return np.asarray(thumbnail), scale, 0
 
 
 def unreadable(path, error):

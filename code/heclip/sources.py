@@ -22,10 +22,13 @@ import scipy.sparse
 from isal import igzip, isal_zlib  # gzip, at two to three times its speed
 
 from .files import InputError, first_line
+from .missing import add_note, leave_out
+from .part import selected
 from .spots import array_of
 
 POSITION_COLUMNS = [
     "barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+AS_TEXT = {"barcode": str}  # also those that look like a number, or like a missing value
 # Names that these columns have in the gene tables of AnnData files.
 ID_COLUMNS = ["gene_ids", "gene_id"]
 SYMBOL_COLUMNS = ["symbol", "gene_symbols", "gene_symbol", "gene_name", "feature_name"]
@@ -42,6 +45,7 @@ NO_GENE = re.compile(
 NAMED_XY = [("pxl_col_in_fullres", "pxl_row_in_fullres"), ("imagecol", "imagerow"), ("x", "y")]
 IN_TISSUE = {"1", "1.0", "true", "t", "yes", "in"}
 OFF_TISSUE = {"0", "0.0", "false", "f", "no", "out"}
+RAW_SHARE = 0.95  # of the spots on glass: a raw matrix has more, a filtered one none
 # The errors that readers raise for a file that is damaged or incomplete.
 DAMAGED = (OSError, EOFError, ValueError, OverflowError, isal_zlib.error)
 
@@ -86,11 +90,11 @@ def open_text(path):
 # ------------------------------------------------------------------------------------------- counts
 
 
-def read_counts(path):
+def read_counts(path, part=()):
     """Read a count matrix of any known kind. The kind is determined from the file's name.
 
     path: `*matrix.mtx` (its barcodes and features lie next to it under the same prefix), `*.h5` or
-    `*.tsv`, each plain or `.gz`; or `*.h5ad`.
+    `*.tsv`, each plain or `.gz`; or `*.h5ad`. part: conditions on the obs of an AnnData file.
     Returns AnnData, spots x genes: X counts (CSR int32), obs index barcode, var index gene id,
     var["symbol"]. Raises InputError for a damaged or contradictory file.
     """
@@ -103,7 +107,7 @@ def read_counts(path):
     if name.endswith(".tsv"):
         return read_st_table(path)
     if name.endswith(".h5ad"):
-        return read_h5ad(path)
+        return read_h5ad(path, part)
     raise InputError(f"{path}: not a count matrix of a known kind (…matrix.mtx, ….h5, ….h5ad or "
                      "….tsv, .gz or not)")
 
@@ -235,13 +239,36 @@ def not_10x(path):
                       "…feature_bc_matrix.h5 that Space Ranger wrote")
 
 
-def read_h5ad(path):
-    """Read the counts of an AnnData file: layers["counts"], X or raw.X (see `counts_of_h5ad`)."""
+def read_h5ad(path, part=()):
+    """Read the counts of an AnnData file: layers["counts"], X or raw.X (see `counts_of_h5ad`).
+
+    part: conditions on obs, see `read_obs`.
+    """
     with opened_h5ad(path) as file:
-        barcodes = anndata.io.read_elem(file["obs"]).index
+        obs, rows = read_obs(path, file, part)
         matrix, var = counts_of_h5ad(path, file)
         matrix, var = anndata.io.read_elem(matrix), anndata.io.read_elem(var)
-    return build(path, matrix, barcodes.astype(str), *h5ad_features(var))
+    if not rows.all():
+        matrix = matrix[rows]
+    return build(path, matrix, obs.index.astype(str), *h5ad_features(var))
+
+
+def read_obs(path, file, part):
+    """The obs of one section in an open AnnData file, and which rows it has there: bool (n,).
+
+    part: conditions on obs. Raises InputError if the rows are of several of the libraries that
+    uns["spatial"] lists, because each is a section of its own.
+    """
+    obs = anndata.io.read_elem(file["obs"])
+    rows = selected(obs, part, path)
+    obs = obs[rows]
+    names_of_libraries = set(libraries(file))
+    for column in obs.columns if len(names_of_libraries) > 1 else ():
+        names = list(dict.fromkeys(obs[column].dropna().astype(str)))
+        if len(names) > 1 and names_of_libraries.issuperset(names):
+            raise InputError(f"{path} holds several sections, {column} {', '.join(names)}. Give "
+                             f"each its own line, with {column}={names[0]} in the column part")
+    return obs, rows
 
 
 def counts_of_h5ad(path, file):
@@ -453,20 +480,21 @@ def read_symbols(path):
 # ---------------------------------------------------------------------------------------- positions
 
 
-def read_positions(path):
+def read_positions(path, part=()):
     """Read spot positions of any known version, determined from the content, not from the name.
 
     path: Space Ranger's csv with or without header, or its parquet; STUtility's alignment table; or
-    AnnData. Returns a DataFrame with index barcode and the columns in_tissue (bool), array_row,
-    array_col (int; absent if an AnnData has none), x, y (float, full-resolution pixels: image
-    column and row); attrs["kind"] is the version in words. Raises InputError for a damaged file.
+    AnnData. part: conditions on the obs of an AnnData.
+    Returns a DataFrame with index barcode and the columns in_tissue (bool), array_row, array_col
+    (int; absent if an AnnData has none), x, y (float, full-resolution pixels: image column and
+    row); attrs["kind"] is the version in words. Raises InputError for a damaged file.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
         if magic == b"\x89HDF":
-            return read_h5ad_positions(path)
+            return read_h5ad_positions(path, part)
         if magic == b"PAR1":
             return space_ranger_positions(path, read_parquet(path), "parquet")
         return read_text_positions(path)
@@ -488,9 +516,10 @@ def read_text_positions(path):
                              f"{first.count(',') + 1} columns, expected the six of Space Ranger "
                              f"({', '.join(POSITION_COLUMNS)}). Download it again")
         if any(letter.isdigit() for letter in first):  # Space Ranger's own rule
-            table = pd.read_csv(file, header=None, names=POSITION_COLUMNS)
+            table = pd.read_csv(file, header=None, names=POSITION_COLUMNS, converters=AS_TEXT)
             return space_ranger_positions(path, table, "csv, no header")
-        return space_ranger_positions(path, pd.read_csv(file), "csv with header")
+        return space_ranger_positions(path, pd.read_csv(file, converters=AS_TEXT),
+                                      "csv with header")
 
 
 def alignment_positions(path, table):
@@ -530,16 +559,16 @@ def read_parquet(path):
         raise damaged(path, error) from None
 
 
-def read_h5ad_positions(path):
+def read_h5ad_positions(path, part=()):
     """Positions of an AnnData file: named columns of obs or obsm, or else obsm["spatial"].
 
     Named columns go first, because the order of unnamed ones cannot be checked. Array coordinates
     that hold no information are left out. Without a column in_tissue, all spots are under tissue.
     """
     with opened_h5ad(path) as file:
-        obs = anndata.io.read_elem(file["obs"])
+        obs, rows = read_obs(path, file, part)
         stored = [key for key in ("spatial", "X_spatial") if key in file.get("obsm", ())]
-        spatial = anndata.io.read_elem(file["obsm"][stored[0]]) if stored else None
+        spatial = anndata.io.read_elem(file["obsm"][stored[0]])[rows] if stored else None
     named = named_xy(obs, NAMED_XY[:2])  # x and y alone may be places of the array
     if isinstance(spatial, pd.DataFrame):
         named = named_xy(spatial, NAMED_XY) or named
@@ -592,6 +621,7 @@ def positions(path, kind, barcodes, columns):
                          "it again")
     integers = {name: np.int64 for name in ("array_row", "array_col") if name in table}
     table = table.assign(in_tissue=table["in_tissue"] == 1).astype(integers)
+    check_places(path, table[table["in_tissue"]])
     table.attrs["kind"] = kind
     return table
 
@@ -609,18 +639,44 @@ def as_numbers(path, name, column):
     return numbers
 
 
-def scale_facts(path):
+def libraries(file):
+    """The libraries in uns["spatial"] of an open AnnData file: name -> HDF5 group.
+
+    Members that are no library, such as CELLxGENE's is_single, are passed over.
+    """
+    spatial = file.get("uns/spatial")
+    members = spatial.items() if isinstance(spatial, h5py.Group) else []
+    return {name: member for name, member in members if isinstance(member, h5py.Group)}
+
+
+def scale_facts(path, part=()):
     """What Space Ranger's scale factors in an AnnData file state: dict, empty if there are none.
 
-    Members of uns["spatial"] that are no library, such as CELLxGENE's is_single, are passed over.
-    Several libraries state nothing, because it is unknown which is meant.
+    Of several libraries, the one that `part` names. Otherwise nothing is stated, because it is
+    unknown which is meant.
     """
     with opened_h5ad(path) as file:
-        spatial = file.get("uns/spatial")
-        members = spatial.values() if isinstance(spatial, h5py.Group) else []
-        factors = [member["scalefactors"] for member in members
-                   if isinstance(member, h5py.Group) and "scalefactors" in member]
-        return dict(anndata.io.read_elem(factors[0])) if len(factors) == 1 else {}
+        stated = {name: library["scalefactors"] for name, library in libraries(file).items()
+                  if "scalefactors" in library}
+        named = [condition.value for condition in part if condition.value in stated]
+        if len(chosen := named or list(stated)) != 1:
+            return {}
+        return dict(anndata.io.read_elem(stated[chosen[0]]))
+
+
+def check_places(path, table):
+    """Raise InputError if spots under tissue share a place of the array, or the same x and y."""
+    places = [["x", "y"]]
+    if array_of(table) is not None:
+        places.append(["array_row", "array_col"])
+    for columns in places:
+        if (twice := table.duplicated(columns)).any():
+            first = table.loc[twice, columns].iloc[0]
+            place = ", ".join(f"{column} {first[column]:g}" for column in columns)
+            raise InputError(f"{path}: {twice.sum():,} of {len(table):,} spots under tissue are at "
+                             f"the place of another one, for example at {place}. It holds several "
+                             "sections, or one twice. Take one section, which the sheet's column "
+                             "part can name by a column of an AnnData's obs")
 
 
 def join(counts, spots, counts_path, positions_path):
@@ -630,29 +686,46 @@ def join(counts, spots, counts_path, positions_path):
     for error messages and, by its suffix, for the kind of the matrix.
     Returns AnnData: X counts, obs in_tissue, array_row, array_col (as far as spots has them),
     obsm["spatial"] = (x, y) in full-resolution pixels.
-    Raises InputError unless every spot under tissue is in the matrix, because otherwise the two
-    files are of different sections. Two kinds may lack some spots: an AnnData, from which people
-    drop poor spots, and Visium HD, in which some bins hold no counts.
+    A few spots under tissue may have no counts. They are left out, and uns["left_out"] says so. A
+    Space Ranger matrix has none for a spot without a single count. Two kinds may lack more: an
+    AnnData, from which people drop poor spots, and Visium HD, in which some bins hold no counts.
+    Raises InputError if the two files belong to different sections: if too many spots have no
+    counts; or if any has none and the matrix is neither of the spots under tissue nor of all.
     """
     under_tissue = spots.index[spots["in_tissue"]]
     if not len(under_tissue):
         raise InputError(f"{positions_path}: no spot is under tissue (in_tissue == 1 nowhere). "
                          "Check that this is the section's own position file")
-    absent = under_tissue.difference(counts.obs_names)
-    may_lack_spots = Path(counts_path).suffix == ".h5ad" or spots.attrs.get("kind") == "parquet"
-    if len(absent) == len(under_tissue) or (len(absent) and not may_lack_spots):
-        raise InputError(f"{counts_path} lacks {len(absent)} of the {len(under_tissue)} spots that "
-                         f"{positions_path} has under tissue, for example {absent[0]}; the first "
-                         f"barcodes of the matrix are {', '.join(counts.obs_names[:2])}. The two "
-                         "files belong to different sections, or the matrix is incomplete. Give "
-                         "both files of one section")
+    note = left_out_of(counts, spots, counts_path, positions_path)
     joined = counts.obs_names.isin(under_tissue)
     adata = counts if joined.all() else counts[joined].copy()
     spots = spots.loc[adata.obs_names]
     columns = [column for column in ("in_tissue", "array_row", "array_col") if column in spots]
     adata.obs[columns] = spots[columns]
     adata.obsm["spatial"] = spots[["x", "y"]].to_numpy()
+    add_note(adata, note)
     return adata
+
+
+def left_out_of(counts, spots, counts_path, positions_path):
+    """The note on spots under tissue that a matrix lacks, or None. Raises InputError as `join`."""
+    lacking = ~spots.index.isin(counts.obs_names)
+    in_tissue = spots["in_tissue"].to_numpy()
+    absent = lacking[in_tissue]
+    if not absent.any():
+        return None
+    first = spots.index[in_tissue & lacking][0]
+    fault = f"of {positions_path} have no counts in {counts_path}, for example {first}"
+    remedy = ("The two files belong to different sections, or the matrix is incomplete; its first "
+              f"barcodes are {', '.join(counts.obs_names[:2])}. Give both files of one section")
+    may_lack_spots = Path(counts_path).suffix == ".h5ad" or spots.attrs.get("kind") == "parquet"
+    if may_lack_spots and not absent.all():
+        return f"{absent.sum():,} of {len(absent):,} spots under tissue {fault}; left out"
+    on_glass = (~lacking)[~in_tissue]
+    if on_glass.any() and on_glass.mean() < RAW_SHARE:
+        raise InputError(f"{absent.sum():,} of {len(absent):,} spots under tissue {fault}, but "
+                         f"{on_glass.sum():,} spots that are not under tissue have. {remedy}")
+    return leave_out(absent, fault, remedy)
 
 
 def damaged(path, error):
