@@ -441,7 +441,7 @@ def read_embeddings(folder):
         assert values.ndim == 2
         assert len(values) == len(barcodes)
         assert np.isfinite(values).all()
-    prediction.from_facts(about["trained"])
+    assert isinstance(about["trained"].digest, str)
 
 
 # ------------------------------------------------------------------------------------------ hostile

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .files import InputError, first_line
+from .limits import open_hdf5
 from .panel import choose_panel, read_panel, run_name
 
 SCRIPTS = Path(__file__).parents[1]
@@ -245,11 +246,9 @@ class Processed:
     @contextmanager
     def opened(self, section):
         """A section's open HDF5 file. Errors while it is read name the file."""
-        import h5py
-
         path = self.need(self.section_path(section))
         try:
-            with h5py.File(path) as file:
+            with open_hdf5(path) as file:
                 yield file
         except (InputError, MemoryError):
             raise

@@ -22,6 +22,7 @@ import pandas as pd
 from . import preprocess, slide, sources
 from .dataset import ROOT, Section
 from .files import InputError, first_line
+from .limits import read_text
 from .spots import array_of, staggered
 
 NEEDED = ["section", "counts", "donor", "role"]
@@ -96,9 +97,7 @@ def read_lines(path):
     Columns are separated by commas, semicolons or tabs. Blank lines are left out.
     """
     try:
-        with sources.open_text(path) as file:
-            text = file.read()
-        lines = text.splitlines()
+        lines = read_text(path).splitlines()
         skipped = 0
         if lines and re.fullmatch(r'"?sep=.?"?', lines[0].strip()):  # Excel's, for itself
             skipped = 1
@@ -286,7 +285,7 @@ def find_scale(text, positions, image):
         factors = read_json(where)
     if f"tissue_{text}_scalef" not in factors:
         raise InputError(f"{where} states no tissue_{text}_scalef. Give the number as scale")
-    return float(factors[f"tissue_{text}_scalef"])
+    return number(str(factors[f"tissue_{text}_scalef"]), f"tissue_{text}_scalef of {where}")
 
 
 def scale_factors_file(positions, image):
@@ -352,9 +351,8 @@ def is_st_table(positions):
 def read_json(path):
     """Read the row in a JSON file: dict. Raises InputError if it is damaged."""
     try:
-        with sources.open_text(path) as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError, EOFError) as error:
+        return dict(json.loads(read_text(path)))
+    except (OSError, ValueError, TypeError, EOFError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({first_line(error)}). Download it again") from None
 
 

@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 import scipy.io
 import scipy.sparse
-from isal import igzip, isal_zlib  # gzip, at two to three times its speed
+from isal import isal_zlib
 
 from .files import InputError, first_line
+from .limits import open_bytes, open_hdf5, open_text, text_room
 from .spots import array_of
 
 POSITION_COLUMNS = [
@@ -40,6 +41,8 @@ NO_GENE = re.compile(
     r"intergenic[ _-]region|ercc-\d|__)", re.IGNORECASE)
 # Names of x and y, where a table of positions names them.
 NAMED_XY = [("pxl_col_in_fullres", "pxl_row_in_fullres"), ("imagecol", "imagerow"), ("x", "y")]
+LARGEST_ARRAY = 10**6  # rows or columns; those of Visium HD are some thousands
+ST_LINE = 16 << 20  # characters of an ST table's first line, which names the genes
 IN_TISSUE = {"1", "1.0", "true", "t", "yes", "in"}
 OFF_TISSUE = {"0", "0.0", "false", "f", "no", "out"}
 # The errors that readers raise for a file that is damaged or incomplete.
@@ -72,15 +75,6 @@ def find(raw, patterns, what):
                 return raw / matches[0]
     raise InputError(f"{raw}: no {what} found; looked for {' and '.join(patterns)}, plain or .gz. "
                      "Put it there (README, 'The datasets') or name the raw folder with --raw")
-
-
-def open_text(path):
-    """Open a text file. It is unzipped if its content is gzip, whatever its name is."""
-    with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    if zipped:
-        return igzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
 
 
 # ------------------------------------------------------------------------------------------- counts
@@ -128,13 +122,26 @@ def read_mtx(path):
     barcodes = read_table(barcodes_path)[0].astype(str)
     features = read_table(features_path)
     try:
-        opener = igzip.open if path.name.endswith(".gz") else open
-        with opener(path, "rb") as file, io.BufferedReader(file, 1 << 20) as buffered:
-            matrix = scipy.io.mmread(buffered)  # genes x spots; buffered because it reads in bits
+        with open_bytes(path) as file:
+            n_genes, n_spots, n_entries, layout, *_ = scipy.io.mminfo(file)
+            trio = (features_path, features[0], barcodes_path, barcodes)
+            check_trio(path, (n_genes, n_spots), *trio)
+            check_entries(path, n_entries, 2 if layout == "array" else 4)
+            file.seek(0)
+            matrix = scipy.io.mmread(file)  # genes x spots
     except DAMAGED as error:
         raise damaged(path, error) from None
-    check_trio(path, matrix.shape, features_path, features[0], barcodes_path, barcodes)
     return build(path, matrix.T, barcodes, *mtx_features(features))
+
+
+def check_entries(path, n_entries, shortest):
+    """Raise ValueError if a text matrix promises more entries than it has room for.
+
+    shortest: bytes of the shortest line of an entry.
+    """
+    if n_entries * shortest > text_room(path):
+        raise ValueError(f"it promises {n_entries:,} entries, which its {path.stat().st_size:,} "
+                         "bytes cannot hold")
 
 
 def check_trio(path, shape, features_path, genes, barcodes_path, barcodes):
@@ -219,7 +226,7 @@ def opened_h5(path):
     Any error while it is read becomes one that names the file.
     """
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path) as file:
             yield [file["matrix"]] if "matrix" in file else list(file.values())
     except InputError:
         raise
@@ -295,7 +302,7 @@ def opened_h5ad(path):
     A file of anndata before 0.7 is written again in memory, as anndata would write it today.
     """
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path) as file:
             if isinstance(file.get("obs"), h5py.Dataset):
                 file = h5py.File.in_memory()
                 with warnings.catch_warnings():
@@ -317,18 +324,19 @@ def read_st_table(path):
     Row names are `XxY`. The header holds gene ids, which are used as symbols too.
     """
     try:
-        with open_text(path) as file:
+        genes = st_genes(path)  # not table.columns: pandas renames a repeated column
+        check_unique(path, "gene id", pd.Index(genes))
+        with open_text(path, ST_LINE) as file:
             table = pd.read_csv(file, sep="\t", index_col=0)
         matrix = scipy.sparse.csr_matrix(table.to_numpy(dtype=np.float64))
     except DAMAGED as error:
         raise damaged(path, error) from None
-    genes = st_genes(path)  # not table.columns: pandas renames a repeated column and so hides it
     return build(path, matrix, table.index.astype(str), genes, genes)
 
 
 def st_genes(path):
     """The gene ids in the first line of an ST table."""
-    with open_text(path) as file:
+    with open_text(path, ST_LINE) as file:
         header = st_cells(file.readline())
         row = st_cells(file.readline())
     return header[len(header) - (len(row) - 1):]  # the corner above the row names is optional
@@ -375,7 +383,7 @@ def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
     if not scipy.sparse.issparse(matrix):
         matrix = scipy.sparse.csr_matrix(matrix)
     matrix.data = as_counts(path, matrix.data)  # before tocsr, which then copies fewer bytes
-    matrix = matrix.tocsr()
+    matrix = as_csr(path, matrix)
     obs = pd.DataFrame(index=pd.Index(barcodes, name="barcode"))
     var, others = gene_table(gene_ids, symbols, kinds)
     kinds_left_out = others[others != ""].value_counts()
@@ -388,12 +396,36 @@ def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
             found = f"{matrix.shape[0]} spots x {matrix.shape[1]} genes"
         raise InputError(f"{path}: holds {found}. Give the section's gene expression; its feature "
                          "type is Gene Expression")
-    for what, names in (("barcode", obs.index), ("gene id", var.index)):
-        if not names.is_unique:
-            twice = names[names.duplicated()][0]
-            raise InputError(f"{path}: {what} {twice} occurs more than once; each must be unique. "
-                             "Download the matrix again or fix its table")
+    check_unique(path, "barcode", obs.index)
+    check_unique(path, "gene id", var.index)
     return anndata.AnnData(matrix, obs=obs, var=var, uns={"no_genes": left_out})
+
+
+def as_csr(path, matrix):
+    """A sparse matrix of any layout as CSR, with sorted indices.
+
+    Raises InputError for indices outside it, with which scipy would touch other memory, and for
+    two values in one place, of which scipy makes a sum that may overflow.
+    """
+    n_values = matrix.nnz
+    try:
+        if matrix.format in ("csr", "csc"):
+            matrix.check_format()
+        matrix = matrix.tocsr()
+        matrix.sum_duplicates()
+    except ValueError as error:
+        raise damaged(path, error) from None
+    if matrix.nnz < n_values:
+        raise damaged(path, "it holds two values for one spot and gene")
+    return matrix
+
+
+def check_unique(path, what, names):
+    """Raise InputError if one of the names, a pandas Index, occurs twice."""
+    if not names.is_unique:
+        twice = names[names.duplicated()][0]
+        raise InputError(f"{path}: {what} {twice} occurs more than once; each must be unique. "
+                         "Download the matrix again or fix its table")
 
 
 def as_counts(path, values):
@@ -591,9 +623,21 @@ def positions(path, kind, barcodes, columns):
         raise InputError(f"{path}: the line of {table.index[~complete][0]} is incomplete. Download "
                          "it again")
     integers = {name: np.int64 for name in ("array_row", "array_col") if name in table}
+    for name in integers:
+        values = table[name].to_numpy()
+        whole = (np.abs(values) < LARGEST_ARRAY) & (values == np.rint(values))
+        check_all(path, name, table[name], whole, "a place in an array")
+    check_all(path, "in_tissue", table["in_tissue"], table["in_tissue"].isin([0, 1]), "0 or 1")
     table = table.assign(in_tissue=table["in_tissue"] == 1).astype(integers)
     table.attrs["kind"] = kind
     return table
+
+
+def check_all(path, name, column, right, expected):
+    """Raise InputError that names the first value of a column that is not right."""
+    if not right.all():
+        raise InputError(f"{path}: {name} holds {column[~np.asarray(right)].iloc[0]:g}, expected "
+                         f"{expected}. Download it again")
 
 
 def as_numbers(path, name, column):
