@@ -22,6 +22,9 @@ from .settings import TRAINING, Training
 
 FORMAT = 4
 LIBRARIES = ("torch", "timm", "numpy", "scanpy", "anndata")  # their versions are saved
+KINDS = {  # of what a damaged file may hold other values
+    "reference": dict | None, "patch_px": int, "patch_um": int | float | None, "epoch": int,
+    "frozen": dict | None, "digest": str, "versions": dict, "validation": list | None}
 SAME_WIDTH = 0.1  # patches whose widths differ by less, relatively, count as of the same scale
 
 
@@ -123,12 +126,16 @@ def from_facts(facts, network=None, path=None):
     if settings["query"]:
         settings["query"] = tuple(settings["query"])
     panel = facts.pop("panel")
-    if panel:
+    if panel is not None:
         ids = pd.Index(panel.pop("ids"), name="gene_id")
         genes = pd.DataFrame({"symbol": panel.pop("symbols")}, index=ids)
         genes["marker"] = genes["symbol"].isin(panel["markers"])
         panel = Panel(genes=genes, **panel)
-    return Trained(network, Training(**settings), panel, path=path, **facts)
+    trained = Trained(network, Training(**settings), panel, path=path, **facts)
+    for name, kind in KINDS.items():
+        if not isinstance(getattr(trained, name), kind):
+            raise ValueError(f"its {name} is {getattr(trained, name)!r}")
+    return trained
 
 
 def library_versions():

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .files import InputError, first_line
-from .limits import open_hdf5
+from .limits import check_npy, open_hdf5, open_text
 from .panel import choose_panel, read_panel, run_name
 
 SCRIPTS = Path(__file__).parents[1]
@@ -169,11 +169,22 @@ class Processed:
         """
         text = {"section": str, "donor": str, "digest": str}
         path = self.need(self.sections_path)
-        table = pd.read_csv(path, dtype=text, keep_default_na=False, index_col="section")
+        try:
+            with open_text(path) as file:
+                table = pd.read_csv(file, dtype=text, keep_default_na=False)
+            table = table.set_index("section")
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}). Run {self.command} "
+                             "again") from None
         if not table.index.is_unique:
             raise InputError(f"{path} names a section twice. Run {self.command} again")
         if "digest" not in table:
             raise InputError(f"{path} was written by an older version. Run {self.command} again")
+        numbers = table.reindex(columns=["n_spots", "mpp", "patch_px", "crop_px"])
+        is_number = all(kind.kind in "if" for kind in numbers.dtypes)
+        if not is_number or not ((numbers > 0) & np.isfinite(numbers)).all(axis=None):
+            raise InputError(f"{path} is damaged (a size is not a number above 0). Run "
+                             f"{self.command} again")
         return table
 
     def roles(self, query=None):
@@ -263,17 +274,26 @@ class Processed:
         together.
         """
         path = self.need(self.patches_path(section))
-        try:
-            patches = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
-                             f"{self.command} again") from None
+        patches = self.load(path, mmap_mode="r")
+        if patches.dtype != np.uint8 or patches.ndim != 4 or not len(patches):
+            raise InputError(f"{path} holds {patches.dtype} of shape {patches.shape}, expected "
+                             f"patches. Delete it and run {self.command} again")
         with self.opened(section) as file:
             made_with = file["uns/patches_digest"][()].decode()
         if patches_digest(patches) != made_with:
             raise InputError(f"{path} and {self.section_path(section)} were not made together. "
                              f"Delete both and run {self.command} again")
         return patches
+
+    def load(self, path, **options):
+        """The array in a .npy file. options: of numpy.load. Raises InputError if it is damaged."""
+        try:
+            with open(path, "rb") as file:
+                check_npy(file, os.path.getsize(path))
+            return np.load(path, **options)
+        except (ValueError, EOFError, OverflowError) as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
+                             f"{self.command} again") from None
 
     # --------------------------------------------------------------------------- panel, expression
 
@@ -294,10 +314,10 @@ class Processed:
         """What the model is trained on and scored against: float32 (n_spots, G), in panel order."""
         if panel.protocol == "paper":
             path = self.need(self.corrected_path(section, panel.kind), "paper")
-            corrected = np.load(path)
-            if corrected.shape[1] != len(panel):
-                raise InputError(f"{path} holds {corrected.shape[1]} genes, and its panel "
-                                 f"{len(panel)}. Run {self.command} again")
+            corrected = self.load(path)
+            if corrected.ndim != 2 or corrected.shape[1] != len(panel):
+                raise InputError(f"{path} is of shape {corrected.shape}, and its panel has "
+                                 f"{len(panel)} genes. Run {self.command} again")
             return corrected
         with self.opened(section) as file:
             return read_columns(file, panel.ids)

@@ -18,6 +18,7 @@ LEAST = 64 << 20  # bytes that a file of any size may unpack to
 RATIO = 1100  # the most that deflate packs into one byte is 1032
 TEXT_LEAST, TEXT_RATIO = 32 << 20, 50  # the same for tables; count matrices reach 10
 LINE = 1 << 16  # characters of a table's first line
+DEEP = 30  # groups in groups of an HDF5 file
 TEXT = 16 << 20  # characters of a text that is read whole
 
 
@@ -94,7 +95,7 @@ def open_text(path, line=LINE):
 
 def read_text(path):
     """The whole of a small text file, zipped or not. Raises ValueError if it is not small."""
-    with open_text(path, TEXT) as file:
+    with open_text(path) as file:
         text = file.read(TEXT + 1)
     if len(text) > TEXT:
         raise ValueError(f"it is longer than {TEXT:,} characters")
@@ -110,11 +111,13 @@ def open_hdf5(path):
     with h5py.File(path) as file:
         size = os.path.getsize(path)
 
-        def check(name, item):
-            if isinstance(item, h5py.Dataset):
-                check_array(name, item, size)
+        def check(name, about):
+            if name.count(b"/") > DEEP:
+                raise ValueError(f"its groups are nested over {DEEP} deep")
+            if about.type == h5py.h5o.TYPE_DATASET:
+                check_array(name.decode(errors="replace"), file[name], size)
 
-        file.visititems(check)
+        h5py.h5o.visit(file.id, check, info=True)
         yield file
 
 

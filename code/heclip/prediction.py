@@ -183,6 +183,8 @@ def load_embeddings(path):
         embeddings = {kind: arrays[kind] for kind in ("image", "gene")}
         wrong = [kind for kind, values in embeddings.items()
                  if values.ndim != 2 or len(values) != len(barcodes)]
+        if not isinstance(about["reference"], list) or not isinstance(about["section"], str):
+            raise TypeError("it does not name its sections")
         if wrong:
             raise ValueError(f"its {wrong[0]} embeddings are not one per spot")
         return embeddings, barcodes, about

@@ -9,9 +9,11 @@ AnnData as scanpy, squidpy and HEST write it.
 import io
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata
 import h5py
@@ -22,7 +24,7 @@ import scipy.sparse
 from isal import isal_zlib
 
 from .files import InputError, first_line
-from .limits import open_bytes, open_hdf5, open_text, text_room
+from .limits import LINE, open_bytes, open_hdf5, open_text, text_room
 from .spots import array_of
 
 POSITION_COLUMNS = [
@@ -123,23 +125,39 @@ def read_mtx(path):
     features = read_table(features_path)
     try:
         with open_bytes(path) as file:
-            n_genes, n_spots, n_entries, layout, *_ = scipy.io.mminfo(file)
+            n_genes, n_spots, *n_entries = mtx_sizes(file)
             trio = (features_path, features[0], barcodes_path, barcodes)
             check_trio(path, (n_genes, n_spots), *trio)
-            check_entries(path, n_entries, 2 if layout == "array" else 4)
+            check_entries(path, *(n_entries or [n_genes * n_spots]))
             file.seek(0)
-            matrix = scipy.io.mmread(file)  # genes x spots
+            matrix = scipy.io.mmread(ReadOnly(file.read))  # genes x spots
     except DAMAGED as error:
         raise damaged(path, error) from None
     return build(path, matrix.T, barcodes, *mtx_features(features))
 
 
-def check_entries(path, n_entries, shortest):
-    """Raise ValueError if a text matrix promises more entries than it has room for.
+class ReadOnly(NamedTuple):
+    """A stream without `seek` and `tell`. With them, scipy ends the process if a file is damaged."""
 
-    shortest: bytes of the shortest line of an entry.
-    """
-    if n_entries * shortest > text_room(path):
+    read: Callable
+
+
+def mtx_sizes(file):
+    """The sizes that an open mtx declares: genes, spots, and entries unless it is dense."""
+    line = file.readline(LINE)
+    if not line.lower().startswith(b"%%matrixmarket matrix "):
+        raise ValueError("it does not begin with %%MatrixMarket matrix")
+    while line.startswith(b"%") or line.isspace():
+        line = file.readline(LINE)
+    sizes = [int(size) for size in line.split()]
+    if len(sizes) not in (2, 3) or min(sizes) < 0:
+        raise ValueError(f"its sizes are {sizes}")
+    return sizes
+
+
+def check_entries(path, n_entries):
+    """Raise ValueError if a text matrix promises more entries than it has room for."""
+    if 2 * n_entries > text_room(path):  # an entry has at least a digit and a line end
         raise ValueError(f"it promises {n_entries:,} entries, which its {path.stat().st_size:,} "
                          "bytes cannot hold")
 
@@ -339,7 +357,10 @@ def st_genes(path):
     with open_text(path, ST_LINE) as file:
         header = st_cells(file.readline())
         row = st_cells(file.readline())
-    return header[len(header) - (len(row) - 1):]  # the corner above the row names is optional
+    n_genes = len(row) - 1
+    if not 0 < n_genes <= len(header):
+        raise ValueError(f"its first line has {len(header)} cells, its second {len(row)}")
+    return header[len(header) - n_genes:]  # the corner above the row names is optional
 
 
 def st_cells(line):
