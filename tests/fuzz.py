@@ -10,8 +10,8 @@ error. The same seed makes the same files.
 import argparse
 import ctypes
 import gc
-import io
 import gzip
+import io
 import multiprocessing
 import os
 import random
@@ -198,7 +198,7 @@ class TimeUp(BaseException):
 
 def attempt(read, folder):
     """Read the files in a folder: an Outcome without time and memory."""
-    from heclip.files import InputError
+    from heclip.files import LONGEST, InputError
 
     before = contents(folder)
     try:
@@ -212,7 +212,7 @@ def attempt(read, folder):
         kind, error = "refused", str(found)
         if within(found, MemoryError) or "Unable to allocate" in error:
             kind = "memory"
-        if "\n" in error or len(error) > 2000:
+        if "\n" in error or len(error) > LONGEST:
             kind = "long text"
     except TimeUp:
         kind, error = "time", "".join(traceback.format_stack(limit=3))

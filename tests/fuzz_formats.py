@@ -27,8 +27,8 @@ from PIL import Image
 
 from heclip import prediction, sheet, slide, sources
 from heclip.checkpoint import Trained, load_checkpoint, save_checkpoint
-from heclip.dataset import Processed, Run, patches_digest
-from heclip.files import write_h5ad
+from heclip.dataset import Processed, patches_digest
+from heclip.files import InputError, write_h5ad
 from heclip.panel import given_panel, read_panel
 from heclip.settings import TRAINING, Training
 
@@ -355,11 +355,8 @@ def read_sheet(folder):
             if value is not None:
                 check_factor(value)
     sheet.share_genes(sections, problems)
-
-
-def sheet_problems(folder):
-    """A sample sheet whose other files are broken: any problem must be one of the listed."""
-    read_sheet(folder)
+    if problems:
+        raise InputError(problems[0])
 
 
 def processed(folder):
@@ -377,7 +374,8 @@ def read_sections(folder):
     for name in ("n_spots", "patch_px", "crop_px", "mpp"):
         assert (table[name] > 0).all()
     files = processed(folder)
-    assert all(files.roles())
+    if (table["role"] == "reference").any():
+        check_texts(*files.roles())
 
 
 def read_processed(folder):
@@ -633,6 +631,12 @@ def rezipped(content, change, method=zipfile.ZIP_STORED):
     return out.getvalue()
 
 
+def packed(content, member):
+    """A zip file with one member that unpacks to 1 GB."""
+    return rezipped(content, lambda name, old: bytes(1 << 30) if name.endswith(member) else old,
+                    zipfile.ZIP_DEFLATED)
+
+
 def npy_of(shape, kind="<f4"):
     """The header of a .npy that declares a shape, and no values."""
     out = io.BytesIO()
@@ -660,7 +664,7 @@ def embeddings_bombs():
         "objects": image(npy_of((3,), "|O")),
         "a deep header": image(b"\x93NUMPY\1\0\x10\x27" + b"(" * 10_000),
         "another shape": image(npy_of((SPOTS, 0))),
-        "bomb": lambda: rezipped(honest, lambda name, old: bytes(1 << 28), zipfile.ZIP_DEFLATED),
+        "bomb": image(bytes(1 << 20)), "packed": lambda: packed(honest, "image.npy"),
         "about a list": about(trained=[]), "about no settings": about(trained={"settings": {}}),
         "unknown setting": about(trained=a_model().facts() | {"x": 1}),
         "reference of numbers": about(reference=[1]), "no views": about(views=None)}
@@ -690,7 +694,7 @@ def model_bombs():
         "no panel": with_saved(panel={}), "a deep entry": with_saved(panel=deep),
         "expanded tensors": with_saved(model={
             name: torch.zeros(1).expand(10**6, 10**6) for name in saved["model"]}),
-        "bomb": lambda: rezipped(honest, lambda name, old: bytes(1 << 28), zipfile.ZIP_DEFLATED)}
+        "packed": lambda: packed(honest, "data.pkl")}
 
 
 MODEL = made(lambda path: save_checkpoint(path, a_model()))

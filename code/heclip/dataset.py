@@ -4,6 +4,7 @@ The tree below `ROOT` is the contract between the stages; see "Files" in the REA
 """
 
 import hashlib
+import io
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from .files import InputError, first_line
-from .limits import check_npy, open_hdf5, open_text
+from .limits import check_npy, open_hdf5, read_text
 from .panel import choose_panel, read_panel, run_name
 
+SIZES = "n_spots", "mpp", "patch_px", "crop_px"  # columns of the section table
 SCRIPTS = Path(__file__).parents[1]
 ROOT = Path(os.environ.get("HECLIP_ROOT") or Path(__file__).resolve().parents[2])
 
@@ -170,9 +172,8 @@ class Processed:
         text = {"section": str, "donor": str, "digest": str}
         path = self.need(self.sections_path)
         try:
-            with open_text(path) as file:
-                table = pd.read_csv(file, dtype=text, keep_default_na=False)
-            table = table.set_index("section")
+            content = io.StringIO(read_text(path))
+            table = pd.read_csv(content, dtype=text, keep_default_na=False).set_index("section")
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise InputError(f"{path} is damaged ({first_line(error)}). Run {self.command} "
                              "again") from None
@@ -180,11 +181,8 @@ class Processed:
             raise InputError(f"{path} names a section twice. Run {self.command} again")
         if "digest" not in table:
             raise InputError(f"{path} was written by an older version. Run {self.command} again")
-        numbers = table.reindex(columns=["n_spots", "mpp", "patch_px", "crop_px"])
-        is_number = all(kind.kind in "if" for kind in numbers.dtypes)
-        if not is_number or not ((numbers > 0) & np.isfinite(numbers)).all(axis=None):
-            raise InputError(f"{path} is damaged (a size is not a number above 0). Run "
-                             f"{self.command} again")
+        if fault := fault_of(table):
+            raise InputError(f"{path} is damaged ({fault}). Run {self.command} again")
         return table
 
     def roles(self, query=None):
@@ -321,6 +319,19 @@ class Processed:
             return corrected
         with self.opened(section) as file:
             return read_columns(file, panel.ids)
+
+
+def fault_of(table):
+    """What is wrong with the contents of a section table, in words; None if it is right."""
+    if absent := [name for name in ("donor", "role", "image", *SIZES) if name not in table]:
+        return f"it lacks {', '.join(absent)}"
+    if not table["role"].isin(["reference", "query"]).all():
+        return "a role is neither reference nor query"
+    sizes = table[list(SIZES)]
+    is_number = all(kind.kind in "if" for kind in sizes.dtypes)
+    if not is_number or not ((sizes > 0) & np.isfinite(sizes)).all(axis=None):
+        return "a size is not a number above 0"
+    return None
 
 
 def section_digest(made_from):

@@ -34,7 +34,7 @@ class InputError(Exception):
 
     def __init__(self, text):
         if len(text) > LONGEST:
-            half = LONGEST // 2
+            half = LONGEST // 2 - 2
             text = f"{text[:half]} … {text[-half:]}"
         super().__init__(UNPRINTABLE.sub("?", text))
 

@@ -7,6 +7,7 @@ an InputError that names the file.
 
 import io
 import os
+import tokenize
 import zipfile
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ RATIO = 1100  # the most that deflate packs into one byte is 1032
 TEXT_LEAST, TEXT_RATIO = 32 << 20, 50  # the same for tables; count matrices reach 10
 LINE = 1 << 16  # characters of a table's first line
 DEEP = 30  # groups in groups of an HDF5 file
-TEXT = 16 << 20  # characters of a text that is read whole
+TEXT = 8 << 20  # characters of a text that is read whole
 
 
 def check_declared(what, size, stored):
@@ -166,7 +167,10 @@ def check_npy(file, size):
                    (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read_header is None:
         raise ValueError(f"version {version} of .npy")
-    shape, _, kind = read_header(file)
+    try:
+        shape, _, kind = read_header(file)
+    except tokenize.TokenError as error:  # numpy lets it through
+        raise ValueError(f"its header is damaged ({error.args[0]})") from None
     n_values = 1
     for side in shape:  # numpy's product would overflow
         n_values *= side

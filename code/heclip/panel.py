@@ -1,5 +1,6 @@
 """The gene panel: the genes that a model predicts, and how these were chosen."""
 
+import io
 import json
 from dataclasses import dataclass, replace
 
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .files import InputError, atomic_path, first_line
-from .limits import open_text
+from .limits import open_text, read_text
 
 RANKED_BY = {"hvg": "dispersion", "heg": "mean"}  # columns of a section's gene table
 LINE = 1 << 20  # characters of a panel's first line, which lists the markers
@@ -93,7 +94,7 @@ def check_panel(panel):
         raise ValueError(f"it is of kind {panel.kind} and protocol {panel.protocol}")
     if not len(panel) or not panel.ids.is_unique:
         raise ValueError("it holds no genes, or one twice")
-    ranks = panel.genes[[f"rank_{section}" for section in panel.sections]]
+    ranks = panel.genes.filter(regex="^rank_")
     if panel.is_marker.dtype != bool or any(kind.kind != "i" for kind in ranks.dtypes):
         raise ValueError("its markers or ranks are damaged")
 
@@ -140,8 +141,8 @@ def given_panel(file, panel, genes):
     Raises InputError if the file holds no genes, one gene twice, or one that the section lacks.
     """
     try:
-        with open_text(file) as content:
-            table = pd.read_csv(content, comment="#", dtype=str, keep_default_na=False)
+        content = io.StringIO(read_text(file))
+        table = pd.read_csv(content, comment="#", dtype=str, keep_default_na=False)
         table = table.set_index(table.columns[0])
     except (OSError, EOFError, ValueError, IndexError) as error:
         raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header "

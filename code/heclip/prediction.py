@@ -183,7 +183,8 @@ def load_embeddings(path):
         embeddings = {kind: arrays[kind] for kind in ("image", "gene")}
         wrong = [kind for kind, values in embeddings.items()
                  if values.ndim != 2 or len(values) != len(barcodes)]
-        if not isinstance(about["reference"], list) or not isinstance(about["section"], str):
+        names = [about["section"], *about["reference"]]
+        if not all(isinstance(name, str) for name in names):
             raise TypeError("it does not name its sections")
         if wrong:
             raise ValueError(f"its {wrong[0]} embeddings are not one per spot")

@@ -41,11 +41,16 @@ ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 @contextmanager
 def collecting(problems, section):
-    """Add the InputError that a block raises to the list of problems, under the section's name."""
+    """Add the error that a block raises to the list of problems, under the section's name.
+
+    It is an InputError, or the system's error for a file of the section that cannot be looked at.
+    """
     try:
         yield
     except InputError as error:
         problems.append(f"{section}: {error}")
+    except OSError as error:  # a name that is too long, a folder without permission
+        problems.append(f"{section}: {error.filename}: {error.strerror}. Correct the path")
 
 
 # ---------------------------------------------------------------------------------------- the sheet
@@ -72,7 +77,7 @@ def read_sheet(path):
     problems, sections = [], []
     for line, row in table.iterrows():
         name = row["section"] or f"line {line}"
-        if not re.fullmatch(r"[^./\\][^/\\]*", row["section"]):
+        if not re.fullmatch(r"[^./\\\0-\x1f][^/\\\0-\x1f]*", row["section"]):
             problems.append(f"{name}: section {row['section']!r} cannot be the name of a file. "
                             "Choose another name")
         if row["section"] and (table["section"] == row["section"]).sum() > 1:
@@ -128,7 +133,11 @@ def read_line(row, folder, name, problems):
     folder: the one that paths are relative to. problems: a list that is added to.
     """
     def given(column):
-        return (folder / Path(row[column]).expanduser()).resolve() if row[column] else None
+        try:
+            return (folder / Path(row[column]).expanduser()).resolve() if row[column] else None
+        except (ValueError, RuntimeError) as error:  # a zero byte, an unknown user
+            raise InputError(f"{column} is {row[column]!r}, which is no path "
+                             f"({first_line(error)})") from None
 
     counts = positions = image = pitch_um = mpp = lattice = None
     scale, numbers = 1.0, {}

@@ -9,7 +9,6 @@ AnnData as scanpy, squidpy and HEST write it.
 import io
 import re
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -24,7 +23,7 @@ import scipy.sparse
 from isal import isal_zlib
 
 from .files import InputError, first_line
-from .limits import LINE, open_bytes, open_hdf5, open_text, text_room
+from .limits import LINE, open_bytes, open_hdf5, open_text, read_text, text_room
 from .spots import array_of
 
 POSITION_COLUMNS = [
@@ -130,16 +129,27 @@ def read_mtx(path):
             check_trio(path, (n_genes, n_spots), *trio)
             check_entries(path, *(n_entries or [n_genes * n_spots]))
             file.seek(0)
-            matrix = scipy.io.mmread(ReadOnly(file.read))  # genes x spots
+            matrix = scipy.io.mmread(MatrixText(file))  # genes x spots
     except DAMAGED as error:
         raise damaged(path, error) from None
     return build(path, matrix.T, barcodes, *mtx_features(features))
 
 
-class ReadOnly(NamedTuple):
-    """A stream without `seek` and `tell`. With them, scipy ends the process if a file is damaged."""
+class MatrixText(NamedTuple):
+    """An open mtx as scipy can read it, even if it is damaged.
 
-    read: Callable
+    It has no `seek` and `tell`: scipy ends the process if one of them fails. Nor does it give a zero
+    byte, behind which scipy reads other memory.
+    """
+
+    file: io.BufferedReader
+
+    def read(self, size):
+        """The next bytes. Raises ValueError if one of them is zero."""
+        block = self.file.read(size)
+        if b"\0" in block:
+            raise ValueError("it holds bytes that are no text")
+        return block
 
 
 def mtx_sizes(file):
@@ -488,8 +498,8 @@ def read_symbols(path):
     column, and for an id with several symbols.
     """
     try:
-        with open_text(path) as file:
-            table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
+        content = io.StringIO(read_text(path))
+        table = pd.read_csv(content, sep="\t", dtype=str, keep_default_na=False)
     except DAMAGED as error:
         raise damaged(path, error) from None
     if not {"gene_id", "gene_name"} <= set(table.columns):
