@@ -52,8 +52,8 @@ PICTURE = RNG.integers(0, 60, (SIDE, SIDE, 3), np.uint8) + np.linspace(
 class Format:
     """A format of files.
 
-    files: name -> honest bytes. read: reads them in a folder, and checks what it gets. hostile: name
-    of the case -> bytes of the first file, or a function that makes them.
+    files: name -> honest bytes. read: reads them in a folder, and checks what it gets. hostile:
+    name of the case -> bytes of the first file, or a function that makes them.
     mutated: the files that are changed, by default the first.
     """
 

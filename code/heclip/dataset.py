@@ -224,7 +224,12 @@ class Processed:
         import anndata
 
         with self.opened(section) as file:
-            return anndata.io.read_elem(file)
+            adata = anndata.io.read_elem(file)
+            if not isinstance(adata, anndata.AnnData):
+                raise ValueError("it is no AnnData")
+            for matrix in (adata.X, *adata.layers.values()):
+                matrix.check_format()  # with an index outside it, scipy would read other memory
+        return adata
 
     def spots(self, section):
         """A section's spots without genes, as AnnData of n_spots x 0: obs, obsm and uns."""
@@ -366,7 +371,11 @@ def read_columns(file, ids, rows=1024):
                          "first. The panel belongs to another dataset, or the section has been "
                          "made again since")
     x = anndata.io.sparse_dataset(file["X"])
-    blocks = [x[start:start + rows][:, place].toarray() for start in range(0, x.shape[0], rows)]
+    blocks = []
+    for start in range(0, x.shape[0], rows):
+        block = x[start:start + rows]
+        block.check_format()  # with an index outside it, scipy would read other memory
+        blocks.append(block[:, place].toarray())
     return np.concatenate(blocks).astype(np.float32, copy=False)
 
 

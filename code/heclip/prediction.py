@@ -181,13 +181,12 @@ def load_embeddings(path):
         barcodes, about = arrays["barcode"], json.loads(str(arrays["about"]))
         about["trained"] = from_facts(about["trained"], path=path)
         embeddings = {kind: arrays[kind] for kind in ("image", "gene")}
-        wrong = [kind for kind, values in embeddings.items()
-                 if values.ndim != 2 or len(values) != len(barcodes)]
         names = [about["section"], *about["reference"]]
         if not all(isinstance(name, str) for name in names):
             raise TypeError("it does not name its sections")
-        if wrong:
-            raise ValueError(f"its {wrong[0]} embeddings are not one per spot")
+        for kind, values in embeddings.items():
+            if values.ndim != 2 or len(values) != len(barcodes) or not np.isfinite(values).all():
+                raise ValueError(f"its {kind} embeddings are not finite numbers, one row per spot")
         return embeddings, barcodes, about
     except Exception as error:  # zip, numpy and JSON raise many kinds
         raise InputError(f"{path} is damaged, or of an older version ({first_line(error)}). Run "

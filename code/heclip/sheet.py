@@ -75,6 +75,7 @@ def read_sheet(path):
     optional = [column for column in KNOWN if column not in table]
     table = table.reindex(columns=[*table, *optional], fill_value="")
     problems, sections = [], []
+    repeated = table["section"].duplicated() & (table["section"] != "")
     for line, row in table.iterrows():
         name = row["section"] or f"line {line}"
         if not re.fullmatch(r"[^./\\\0-\x1f][^/\\\0-\x1f]*", row["section"]):
@@ -89,7 +90,8 @@ def read_sheet(path):
         if row["role"] not in ("reference", "query"):
             problems.append(f"{name}: role {row['role']!r} is neither 'reference' nor 'query'. "
                             "Give one of the two")
-        sections.append(read_line(row, path.parent, name, problems))
+        if not repeated[line]:  # a sheet may repeat a line many times
+            sections.append(read_line(row, path.parent, name, problems))
     if not (table["role"] == "reference").any():
         problems.append(f"{path.name}: no section has the role 'reference', so there is nothing to "
                         "learn from. Give at least one this role")

@@ -305,7 +305,10 @@ def tiff_levels(file):
             raise ValueError("it holds no image")
         series = max(series, key=lambda one: one.keyframe.imagelength * one.keyframe.imagewidth)
         for level in series.levels:
-            check_size(file, level.keyframe.imagewidth, level.keyframe.imagelength)
+            page = level.keyframe
+            check_size(file, page.imagewidth, page.imagelength)
+            check_declared(f"its tiles of {page.chunks}", math.prod(page.chunks),
+                           file.stat().st_size)
         if any(page is None for page in series.pages):
             raise ValueError("one of its channels is missing")
         end = max(offset + size for page in series.pages
