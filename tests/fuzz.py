@@ -65,7 +65,8 @@ def write_number(content, draw):
     """Write a number that readers trip over, in binary."""
     size, at = draw.choice([1, 2, 4, 8]), place(content, draw)
     number = draw.choice(NUMBERS) % 2 ** (8 * size)
-    return content[:at] + number.to_bytes(size, draw.choice(["little", "big"])) + content[at + size:]
+    order = draw.choice(["little", "big"])
+    return content[:at] + number.to_bytes(size, order) + content[at + size:]
 
 
 def write_word(content, draw):
@@ -112,7 +113,8 @@ def exchange(content, draw):
 def nest(content, draw):
     """Insert brackets, many levels deep."""
     at, depth = place(content, draw), draw.choice([10, 1000, 50_000])
-    return content[:at] + draw.choice([b"[", b"(", b"{", b'{"a":', b"<a>", b'"']) * depth + content[at:]
+    bracket = draw.choice([b"[", b"(", b"{", b'{"a":', b"<a>", b'"'])
+    return content[:at] + bracket * depth + content[at:]
 
 
 def repeat_line(content, draw):
@@ -247,8 +249,7 @@ def write_case(known, changes, folder):
 
 
 def changes_of(formats, name, number, seed):
-    """The changed files of a case: name -> bytes. The first cases of a format are its hostile files.
-    """
+    """The changed files of a case: name -> bytes. A format's first cases are its hostile files."""
     known = formats[name]
     hostile = list(known.hostile.values())
     if number < len(hostile):
@@ -370,7 +371,8 @@ def campaign(args):
             signature = name, outcome.kind, outcome.error.strip().split("\n")[-1][:150]
             seen[signature] += 1
             if seen[signature] <= 2:
-                print(f"{name} {number}: {outcome.kind}: {outcome.error[-args.tail:]}\n", flush=True)
+                error = outcome.error[-args.tail:]
+                print(f"{name} {number}: {outcome.kind}: {error}\n", flush=True)
                 keep(args.keep, formats[name], name, number,
                      changes_of(formats, name, number, args.seed))
     worker.end()

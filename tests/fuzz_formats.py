@@ -10,6 +10,7 @@ import io
 import json
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -263,12 +264,6 @@ FACTORS = json.dumps({"tissue_hires_scalef": 0.5, "tissue_lowres_scalef": 0.1,
 
 
 # ---------------------------------------------------------------------------------------- readers
-
-
-def one(folder, suffix=""):
-    """The file in a folder whose name ends so."""
-    path, = (path for path in folder.iterdir() if path.name.endswith(suffix))
-    return path
 
 
 def read_counts(path):
@@ -608,8 +603,6 @@ def ome_bombs():
 
 def png_of(width, height, honest=None):
     """A PNG that declares another size, with a right checksum."""
-    import zlib
-
     honest = honest or picture("PNG")
     head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + honest[24:29]
     return honest[:12] + head + zlib.crc32(head).to_bytes(4, "big") + honest[33:]
@@ -685,7 +678,8 @@ def model_bombs():
     for _ in range(400):
         deep = [deep]
     return {
-        "a billion genes": with_config(n_genes=10**9), "a million genes": with_config(n_genes=10**6),
+        "a billion genes": with_config(n_genes=10**9),
+        "a million genes": with_config(n_genes=10**6),
         "a million wide": with_config(embedding_dim=10**6), "-1 genes": with_config(n_genes=-1),
         "no such encoder": with_config(encoder="none"),
         "a large encoder": with_config(encoder="vit_giant_patch14_dinov2"),
@@ -700,91 +694,112 @@ def model_bombs():
 MODEL = made(lambda path: save_checkpoint(path, a_model()))
 PROCESSED = processed_files()
 ADATA = write_h5ad_of(an_adata())
-POSITIONS = {"tissue_positions.csv": text(*positions_lines())}
-HEADED = text(",".join(sources.POSITION_COLUMNS), *positions_lines())
-SHEET = {"sheet.csv": text(*sheet_lines()), **mtx_files(), **POSITIONS,
+SHEET = {"sheet.csv": text(*sheet_lines()), **mtx_files(),
+         "tissue_positions.csv": text(*positions_lines()),
          "scalefactors_json.json": FACTORS, "a.png": picture("PNG"), "b.h5ad": made(ADATA)}
-NUMBERS = {f"{what} {value}": text(f"AAA-1,1,{row},0,{y},5").replace(b"None", b"")
-           for what, row, y, value in [("row", v, 5, v) for v in ("1e300", "1.5", "inf", "", "1e18")]
-           + [("y", 0, v, v) for v in ("inf", "nan", "x", "1e400", "0x10")]}
-WSI = ("A.h5ad", "st", "metadata")
-FORMATS = {
-    "mtx": Format(mtx_files(), lambda folder: read_counts(folder / "matrix.mtx"), MTXS,
-                  tuple(mtx_files())),
-    "mtx.gz": Format(
-        zipped(mtx_files()), lambda folder: read_counts(folder / "matrix.mtx.gz"), MTXS,
-        tuple(zipped(mtx_files()))),
-    "10x h5": Format(
-        {"a.h5": made(write_10x)}, lambda folder: read_counts(folder / "a.h5"),
-        hdf5_bombs(write_10x, "matrix/", [
-            "matrix/data", "matrix/indptr", "matrix/barcodes", "matrix/features/id"])),
-    "10x h5, version 2": Format(
-        {"a.h5": made(lambda path: write_10x(path, legacy=True))},
-        lambda folder: read_counts(folder / "a.h5")),
-    "h5ad": Format(
-        {"a.h5ad": made(ADATA)}, lambda folder: read_h5ad(folder / "a.h5ad"),
-        hdf5_bombs(ADATA, "X/", ["X/data", "X/indptr", "obs/_index", "obs/in_tissue"]) | {
-            "a dense million": declared(ADATA, without_storage((HUGE, HUGE)))}),
-    "ST table": Format({"a.tsv": text(*st_lines())}, lambda folder: read_counts(folder / "a.tsv"),
-                       BOMBS),
-    "ST table, gz": Format(zipped({"a.tsv": text(*st_lines())}),
-                           lambda folder: read_counts(folder / "a.tsv.gz"), BOMBS),
-    "positions csv": Format(
-        POSITIONS, lambda folder: read_positions(folder / "tissue_positions.csv"), BOMBS | NUMBERS),
-    "positions csv, header, gz": Format(
-        zipped({"p.csv": HEADED}), lambda folder: read_positions(folder / "p.csv.gz"), BOMBS),
-    "alignment table": Format(
-        {"a.tsv": text(*alignment_lines())}, lambda folder: read_positions(folder / "a.tsv"), BOMBS),
-    "parquet": Format({"p.parquet": made(write_parquet)},
-                      lambda folder: read_positions(folder / "p.parquet")),
-    "sample sheet": Format(SHEET, read_sheet, BOMBS),
-    "scale factors": Format(
-        {"scalefactors_json.json": FACTORS, **SHEET}, read_sheet, JSONS),
-    "HEST metadata": Format(
-        {"metadata/A.json": b'{"inter_spot_dist": 100.0, "pixel_size_um_estimated": 0.5}',
-         "st/A.h5ad": made(ADATA), "wsis/A.tif": tiff(),
-         "sheet.csv": text("section,counts,donor,role", "A,.,D,reference")}, read_sheet, JSONS),
-    "HEST patches": Format(
-        {"patches.h5": made(write_stored_patches)}, read_stored_patches,
-        hdf5_bombs(write_stored_patches, "", ["img", "coords", "barcode"])),
-    **{f"TIFF, {name}": Format({"a.tif": content}, lambda folder: read_slide(folder / "a.tif"),
-                               hostile)
-       for name, content, hostile in [
-           ("plain", tiff(), tiff_bombs()),
-           ("strips", tiff(rowsperstrip=7), tiff_bombs(rowsperstrip=7)),
-           ("LZW", tiff(rowsperstrip=7, compression="lzw", predictor=True),
-            tiff_bombs(rowsperstrip=96, compression="lzw")),
-           ("deflate", tiff(tile=(32, 32), compression="deflate"),
-            tiff_bombs(tile=(32, 32), compression="deflate")),
-           ("JPEG", tiff(tile=(32, 32), compression="jpeg"),
-            tiff_bombs(tile=(32, 32), compression="jpeg")),
-           ("planes, big", tiff(np.moveaxis(PICTURE, -1, 0), planarconfig="separate", bigtiff=True,
-                                rowsperstrip=32), {}),
-           ("pyramid", pyramid(), {}), ("gz", gzip.compress(tiff(), mtime=0), {})]},
-    "SVS": Format({"a.svs": pyramid(description=APERIO)}, lambda folder: read_slide(folder / "a.svs"),
-                  tiff_bombs(tile=(32, 32), compression="jpeg", description=APERIO)),
-    "OME-TIFF": Format({"a.ome.tif": ome()}, lambda folder: read_slide(folder / "a.ome.tif"),
-                       ome_bombs()),
-    "JPEG": Format({"a.jpg": picture("JPEG", quality=80)}, lambda folder: read_slide(folder / "a.jpg"),
-                   {"65,000 px each way": jpeg_of(65_000, 65_000)}),
-    "JPEG, turned": Format({"a.jpg": turned_jpeg()}, lambda folder: read_slide(folder / "a.jpg")),
-    "PNG": Format({"a.png": picture("PNG")}, lambda folder: read_slide(folder / "a.png"),
-                  {"a million px each way": png_of(HUGE, HUGE),
-                   "30,000 px each way": png_of(30_000, 30_000), "no pixels": png_of(0, 0)}),
-    "PNG, palette": Format({"a.png": palette_png()}, lambda folder: read_slide(folder / "a.png")),
-    "checkpoint": Format({"heg_best.pt": MODEL}, read_model, model_bombs()),
-    "embeddings": Format({"A.npz": embeddings_file()}, read_embeddings, embeddings_bombs()),
-    "patches npy": Format(
-        PROCESSED, read_processed, {"a billion": npy_of((10**9, 8, 8, 3), "|u1"), "0": npy_of((0,))},
-        ("A.patches.npy",)),
-    "processed h5ad": Format(
-        PROCESSED, read_processed, hdf5_bombs(lambda path: path.write_bytes(PROCESSED["A.h5ad"]),
-                                              "X/", ["X/data", "X/indptr", "obs/_index"])),
-    "sections.csv": Format({"sections.csv": text(*sections_lines())}, read_sections, BOMBS),
-    "panel": Format({"panel_heg.csv": made(a_panel().write)}, read_a_panel, BOMBS | {
-        "deep": b"# " + b"[" * 100_000 + b"\n", "a list": b"# []\ngene_id,symbol,marker\n"}),
-    "panel file": Format({"genes.csv": text("gene_id,symbol", *map(",".join, zip(
-        IDS, SYMBOLS, strict=True)))}, read_panel_file, BOMBS),
-    "symbols": Format({"symbols.tsv": text("gene_id\tgene_name", *map("\t".join, zip(
-        IDS, SYMBOLS, strict=True)))}, lambda folder: read_symbols(folder / "symbols.tsv"), BOMBS),
-}
+PLACES = {f"row {row}": text(f"AAA-1,1,{row},0,5,5")
+          for row in ("1e300", "1.5", "inf", "", "1e18")}
+PLACES |= {f"y {y}": text(f"AAA-1,1,0,0,{y},5") for y in ("inf", "nan", "x", "1e400", "0x10")}
+PLACES |= {"in_tissue 7": text("AAA-1,7,0,0,5,5")}
+
+
+def single(name, content, read, hostile=None):
+    """A format of one file."""
+    return Format({name: content}, lambda folder: read(folder / name), hostile or {})
+
+
+def tiffs():
+    """TIFFs in all layouts."""
+    planes = tiff(np.moveaxis(PICTURE, -1, 0), planarconfig="separate", bigtiff=True,
+                  rowsperstrip=32)
+    strips, lzw = dict(rowsperstrip=7), dict(rowsperstrip=96, compression="lzw", predictor=True)
+    deflate = dict(tile=(32, 32), compression="deflate")
+    jpeg = dict(tile=(32, 32), compression="jpeg")
+    contents = {"plain": (tiff(), tiff_bombs()), "strips": (tiff(**strips), tiff_bombs(**strips)),
+                "LZW": (tiff(**lzw), tiff_bombs(**lzw)),
+                "deflate": (tiff(**deflate), tiff_bombs(**deflate)),
+                "JPEG": (tiff(**jpeg), tiff_bombs(**jpeg)), "planes, big": (planes, {}),
+                "pyramid": (pyramid(), {}), "gz": (gzip.compress(tiff(), mtime=0), {})}
+    formats = {f"TIFF, {name}": single("a.tif", content, read_slide, hostile)
+               for name, (content, hostile) in contents.items()}
+    svs_bombs = tiff_bombs(**jpeg, description=APERIO)
+    formats["SVS"] = single("a.svs", pyramid(description=APERIO), read_slide, svs_bombs)
+    formats["OME-TIFF"] = single("a.ome.tif", ome(), read_slide, ome_bombs())
+    return formats
+
+
+def pictures():
+    """JPEG and PNG."""
+    large = {"a million px each way": png_of(HUGE, HUGE),
+             "30,000 px each way": png_of(30_000, 30_000), "no pixels": png_of(0, 0)}
+    return {
+        "JPEG": single("a.jpg", picture("JPEG", quality=80), read_slide,
+                       {"65,000 px each way": jpeg_of(65_000, 65_000)}),
+        "JPEG, turned": single("a.jpg", turned_jpeg(), read_slide),
+        "PNG": single("a.png", picture("PNG"), read_slide, large),
+        "PNG, palette": single("a.png", palette_png(), read_slide)}
+
+
+def counts():
+    """Count matrices."""
+    trio = zipped(mtx_files())
+    h5_names = ["matrix/data", "matrix/indptr", "matrix/barcodes", "matrix/features/id"]
+    h5ad_names = ["X/data", "X/indptr", "obs/_index", "obs/in_tissue"]
+    dense = {"a dense million": declared(ADATA, without_storage((HUGE, HUGE)))}
+    old = made(lambda path: write_10x(path, legacy=True))
+    table = text(*st_lines())
+    return {
+        "mtx": Format(mtx_files(), lambda folder: read_counts(folder / "matrix.mtx"), MTXS,
+                      tuple(mtx_files())),
+        "mtx.gz": Format(trio, lambda folder: read_counts(folder / "matrix.mtx.gz"), MTXS,
+                         tuple(trio)),
+        "10x h5": single("a.h5", made(write_10x), read_counts,
+                         hdf5_bombs(write_10x, "matrix/", h5_names)),
+        "10x h5, version 2": single("a.h5", old, read_counts),
+        "h5ad": single("a.h5ad", made(ADATA), read_h5ad,
+                       hdf5_bombs(ADATA, "X/", h5ad_names) | dense),
+        "ST table": single("a.tsv", table, read_counts, BOMBS),
+        "ST table, gz": single("a.tsv.gz", gzip.compress(table, mtime=0), read_counts, BOMBS)}
+
+
+def tables():
+    """Positions, sheets, and what stands next to them."""
+    headed = gzip.compress(text(",".join(sources.POSITION_COLUMNS), *positions_lines()), mtime=0)
+    hest = {"metadata/A.json": b'{"inter_spot_dist": 100.0, "pixel_size_um_estimated": 0.5}',
+            "st/A.h5ad": made(ADATA), "wsis/A.tif": tiff(),
+            "sheet.csv": text("section,counts,donor,role", "A,.,D,reference")}
+    symbols = text("gene_id\tgene_name", *map("\t".join, zip(IDS, SYMBOLS, strict=True)))
+    return {
+        "positions csv": single("p.csv", text(*positions_lines()), read_positions, BOMBS | PLACES),
+        "positions csv, header, gz": single("p.csv.gz", headed, read_positions, BOMBS),
+        "alignment table": single("a.tsv", text(*alignment_lines()), read_positions, BOMBS),
+        "parquet": single("p.parquet", made(write_parquet), read_positions),
+        "sample sheet": Format(SHEET, read_sheet, BOMBS),
+        "scale factors": Format({"scalefactors_json.json": FACTORS, **SHEET}, read_sheet, JSONS),
+        "HEST metadata": Format(hest, read_sheet, JSONS),
+        "HEST patches": Format(
+            {"patches.h5": made(write_stored_patches)}, read_stored_patches,
+            hdf5_bombs(write_stored_patches, "", ["img", "coords", "barcode"])),
+        "symbols": single("symbols.tsv", symbols, read_symbols, BOMBS)}
+
+
+def own():
+    """What the project itself writes."""
+    npys = {"a billion": npy_of((10**9, 8, 8, 3), "|u1"), "0": npy_of((0,)),
+            "deep": b"\x93NUMPY\1\0\x10\x27" + b"(" * 10_000}
+    section = hdf5_bombs(lambda path: path.write_bytes(PROCESSED["A.h5ad"]), "X/",
+                         ["X/data", "X/indptr", "obs/_index"])
+    panels = BOMBS | {"deep": b"# " + b"[" * 100_000 + b"\n",
+                      "a list": b"# []\ngene_id,symbol,marker\n"}
+    genes = text("gene_id,symbol", *map(",".join, zip(IDS, SYMBOLS, strict=True)))
+    return {
+        "checkpoint": Format({"heg_best.pt": MODEL}, read_model, model_bombs()),
+        "embeddings": Format({"A.npz": embeddings_file()}, read_embeddings, embeddings_bombs()),
+        "patches npy": Format(PROCESSED, read_processed, npys, ("A.patches.npy",)),
+        "processed h5ad": Format(PROCESSED, read_processed, section),
+        "sections.csv": Format({"sections.csv": text(*sections_lines())}, read_sections, BOMBS),
+        "panel": Format({"panel_heg.csv": made(a_panel().write)}, read_a_panel, panels),
+        "panel file": Format({"genes.csv": genes}, read_panel_file, BOMBS)}
+
+
+FORMATS = counts() | tables() | tiffs() | pictures() | own()

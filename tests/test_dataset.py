@@ -238,5 +238,6 @@ def test_corrected_expression_of_another_panel_is_refused(processed):
     np.save(processed.corrected_path("A", "heg"), corrected)
     panel = panel_of("G1", "G5", protocol="paper")
     np.testing.assert_array_equal(processed.expression("A", panel), corrected)
-    with pytest.raises(InputError, match=r"A\.heg_paper\.npy is of shape \(11, 2\), and its panel has 3 genes"):
+    fault = r"A\.heg_paper\.npy is of shape \(11, 2\), and its panel has 3 genes"
+    with pytest.raises(InputError, match=fault):
         processed.expression("A", panel_of("G1", "G5", "G3", protocol="paper"))

@@ -31,7 +31,7 @@ def test_the_honest_file_of_a_format_is_read(name):
     assert outcome(name, {}) == fuzz.Outcome("read")
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None,
+@settings(max_examples=70, derandomize=True, deadline=None, database=None,
           suppress_health_check=list(HealthCheck))
 @given(strategies.sampled_from(FAST), strategies.randoms(use_true_random=False))
 def test_a_mutated_file_is_read_or_refused(name, draw):

@@ -138,8 +138,8 @@ def read_mtx(path):
 class MatrixText(NamedTuple):
     """An open mtx as scipy can read it, even if it is damaged.
 
-    It has no `seek` and `tell`: scipy ends the process if one of them fails. Nor does it give a zero
-    byte, behind which scipy reads other memory.
+    It has no `seek` and `tell`, because scipy ends the process if one of them fails. It gives no
+    zero byte, because scipy reads on behind one, in memory that is not the file's.
     """
 
     file: io.BufferedReader
