@@ -338,6 +338,8 @@ class Worker:
         except (EOFError, OSError):
             self.process.join()
             outcome = Outcome("crash", f"the process ended with {self.process.exitcode}")
+        except UnicodeDecodeError as error:  # its memory is damaged
+            outcome = Outcome("crash", f"the answer is damaged: {error.object!r}")
         self.end()
         return outcome
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .files import InputError, first_line
-from .limits import check_npy, open_hdf5, read_text
+from .limits import check_indices, check_npy, open_hdf5, read_text
 from .panel import choose_panel, read_panel, run_name
 
 SIZES = "n_spots", "mpp", "patch_px", "crop_px"  # columns of the section table
@@ -228,7 +228,7 @@ class Processed:
             if not isinstance(adata, anndata.AnnData):
                 raise ValueError("it is no AnnData")
             for matrix in (adata.X, *adata.layers.values()):
-                matrix.check_format()  # with an index outside it, scipy would read other memory
+                check_indices(matrix)
         return adata
 
     def spots(self, section):
@@ -328,7 +328,7 @@ class Processed:
 
 def fault_of(table):
     """What is wrong with the contents of a section table, in words; None if it is right."""
-    if absent := [name for name in ("donor", "role", "image", *SIZES) if name not in table]:
+    if absent := [name for name in ("donor", "role", *SIZES) if name not in table]:
         return f"it lacks {', '.join(absent)}"
     if not table["role"].isin(["reference", "query"]).all():
         return "a role is neither reference nor query"
@@ -374,7 +374,7 @@ def read_columns(file, ids, rows=1024):
     blocks = []
     for start in range(0, x.shape[0], rows):
         block = x[start:start + rows]
-        block.check_format()  # with an index outside it, scipy would read other memory
+        check_indices(block)
         blocks.append(block[:, place].toarray())
     return np.concatenate(blocks).astype(np.float32, copy=False)
 

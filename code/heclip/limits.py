@@ -132,6 +132,16 @@ def check_array(name, array, size):
     check_declared(name, array.nbytes, stored)
 
 
+def check_indices(matrix):
+    """Raise ValueError unless the indices of a CSR or CSC matrix lie inside it.
+
+    With others, scipy reads and writes other memory.
+    """
+    matrix.check_format()
+    if (np.diff(matrix.indptr) < 0).any():  # which scipy does not check if the last one is 0
+        raise ValueError("its index pointers do not increase")
+
+
 # --------------------------------------------------------------------------------------------- zip
 
 

@@ -94,6 +94,8 @@ def check_panel(panel):
         raise ValueError(f"it is of kind {panel.kind} and protocol {panel.protocol}")
     if not len(panel) or not panel.ids.is_unique:
         raise ValueError("it holds no genes, or one twice")
+    if "symbol" not in panel.genes:
+        raise ValueError("it lacks symbols")
     ranks = panel.genes.filter(regex="^rank_")
     if panel.is_marker.dtype != bool or any(kind.kind != "i" for kind in ranks.dtypes):
         raise ValueError("its markers or ranks are damaged")

@@ -830,7 +830,10 @@ class StoredPatches:
                       "shape": (len(xy), patch_px, patch_px, 3)}
             np.lib.format.write_array_header_1_0(out, header)
             for (x, y), row in zip(xy, self.row[adata.obs_names], strict=True):
-                patch = file["img"][row, edge:edge + inner, edge:edge + inner]
+                try:
+                    patch = file["img"][row, edge:edge + inner, edge:edge + inner]
+                except OSError as error:
+                    raise unreadable(self.path, error) from None
                 out.write(resample(patch, patch_px).tobytes())
                 thumbnail.paste(Image.fromarray(resample(patch, tile)),
                                 (round(x * scale - tile / 2), round(y * scale - tile / 2)))

@@ -23,7 +23,7 @@ import scipy.sparse
 from isal import isal_zlib
 
 from .files import InputError, first_line
-from .limits import LINE, open_bytes, open_hdf5, open_text, read_text, text_room
+from .limits import LINE, check_indices, open_bytes, open_hdf5, open_text, read_text, text_room
 from .spots import array_of
 
 POSITION_COLUMNS = [
@@ -130,7 +130,7 @@ def read_mtx(path):
             check_entries(path, *(n_entries or [n_genes * n_spots]))
             file.seek(0)
             matrix = scipy.io.mmread(MatrixText(file))  # genes x spots
-    except DAMAGED as error:
+    except (*DAMAGED, RuntimeError) as error:
         raise damaged(path, error) from None
     return build(path, matrix.T, barcodes, *mtx_features(features))
 
@@ -155,12 +155,14 @@ class MatrixText(NamedTuple):
 def mtx_sizes(file):
     """The sizes that an open mtx declares: genes, spots, and entries unless it is dense."""
     line = file.readline(LINE)
-    if not line.lower().startswith(b"%%matrixmarket matrix "):
+    banner = line.lower().split()
+    if banner[:2] != [b"%%matrixmarket", b"matrix"] or len(banner) != 5:
         raise ValueError("it does not begin with %%MatrixMarket matrix")
+    n_sizes = 2 if banner[2] == b"array" else 3
     while line.startswith(b"%") or line.isspace():
         line = file.readline(LINE)
     sizes = [int(size) for size in line.split()]
-    if len(sizes) not in (2, 3) or min(sizes) < 0:
+    if len(sizes) != n_sizes or min(sizes) < 0:
         raise ValueError(f"its sizes are {sizes}")
     return sizes
 
@@ -435,13 +437,13 @@ def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
 def as_csr(path, matrix):
     """A sparse matrix of any layout as CSR, with sorted indices.
 
-    Raises InputError for indices outside it, with which scipy would touch other memory, and for
-    two values in one place, of which scipy makes a sum that may overflow.
+    Raises InputError for indices outside it, and for two values in one place, of which scipy makes
+    a sum that may overflow.
     """
     n_values = matrix.nnz
     try:
         if matrix.format in ("csr", "csc"):
-            matrix.check_format()
+            check_indices(matrix)
         matrix = matrix.tocsr()
         matrix.sum_duplicates()
     except ValueError as error:
@@ -646,6 +648,8 @@ def positions(path, kind, barcodes, columns):
     """
     numbers = {name: as_numbers(path, name, column) for name, column in columns.items()}
     table = pd.DataFrame(numbers, index=pd.Index(barcodes.astype(str), name="barcode"))
+    if table.empty:
+        raise InputError(f"{path}: lists no spot. Download it again")
     if not table.index.is_unique:
         twice = table.index[table.index.duplicated()][0]
         raise InputError(f"{path}: barcode {twice} occurs more than once. Download it again")
