@@ -264,16 +264,19 @@ def changes_of(formats, name, number, seed):
 # ------------------------------------------------------------------------------------- the worker
 
 
-def serve(pipe, formats, seed):
-    """Read cases as they are asked for, in a process of its own, until it is killed."""
+def serve(pipe, formats, seed, top):
+    """Read cases as they are asked for, in a process of its own, until it is killed.
+
+    top: the folder of the cases, and of temporary files.
+    """
     ctypes.CDLL(None).mallopt(-8, 1)  # one arena, so that threads reserve no address space
-    tempfile.tempdir = tempfile.mkdtemp(prefix="fuzz-worker-")
+    tempfile.tempdir = tempfile.mkdtemp(dir=top)
     signal.signal(signal.SIGALRM, stop)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     os.dup2(sys.stderr.fileno(), 2)
     while True:
         name, number = pipe.recv()
-        with tempfile.TemporaryDirectory(prefix="fuzz-case-", dir="/dev/shm") as folder:
+        with tempfile.TemporaryDirectory(dir=top) as folder:
             folder = Path(folder)
             write_case(formats[name], changes_of(formats, name, number, seed), folder)
             pipe.send(measured(formats[name].read, folder))
@@ -312,14 +315,16 @@ class Worker:
     """A process that reads files. It is replaced when it dies, or takes too long."""
 
     def __init__(self, formats, seed):
-        self.formats, self.seed, self.process = formats, seed, None
+        self.formats, self.seed, self.process, self.top = formats, seed, None, None
 
     def start(self):
         """Start the process, with everything imported."""
         context = multiprocessing.get_context("fork")
         self.pipe, inner = context.Pipe()
-        self.process = context.Process(target=serve, args=(inner, self.formats, self.seed),
-                                       daemon=True)
+        memory_disk = Path("/dev/shm")
+        self.top = tempfile.mkdtemp(dir=memory_disk if memory_disk.is_dir() else None)
+        given = inner, self.formats, self.seed, self.top
+        self.process = context.Process(target=serve, args=given, daemon=True)
         self.process.start()
         inner.close()
         self.n_read = 0
@@ -348,9 +353,7 @@ class Worker:
         if self.process is not None:
             self.process.kill()
             self.process.join()
-            for kind, top in (("worker", tempfile.gettempdir()), ("case", "/dev/shm")):
-                for folder in Path(top).glob(f"fuzz-{kind}-*"):
-                    shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self.top, ignore_errors=True)
         self.process = None
 
 

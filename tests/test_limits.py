@@ -115,6 +115,12 @@ def test_a_damaged_archive_of_arrays_is_refused(tmp_path, change, says):
         limits.read_arrays(path)
 
 
+def test_an_archive_of_text_with_what_is_no_letter_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.array([2**21], "<u4").view("<U1"))
+    with pytest.raises(ValueError, match="its text is damaged"):
+        limits.read_arrays(tmp_path / "a.npz")
+
+
 def test_a_compressed_archive_of_arrays_is_refused(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", a=np.zeros(10))
     with pytest.raises(ValueError, match="its members are compressed"):

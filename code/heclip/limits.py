@@ -7,6 +7,7 @@ an InputError that names the file.
 
 import io
 import os
+import sys
 import tokenize
 import zipfile
 from contextlib import contextmanager
@@ -166,8 +167,18 @@ def read_arrays(path):
             with file.open(member) as content:
                 check_npy(content, member.file_size)
             with file.open(member) as content:
-                arrays[member.filename.removesuffix(".npy")] = np.lib.format.read_array(content)
+                array = np.lib.format.read_array(content)
+            check_letters(array)
+            arrays[member.filename.removesuffix(".npy")] = array
     return arrays
+
+
+def check_letters(array):
+    """Raise ValueError if an array of text holds what is no letter, of which numpy makes a str."""
+    if array.dtype.kind == "U":
+        letters = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+        if letters.size and letters.max() > sys.maxunicode:
+            raise ValueError("its text is damaged")
 
 
 def check_npy(file, size):
