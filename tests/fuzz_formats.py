@@ -29,7 +29,7 @@ from PIL import Image
 from heclip import prediction, sheet, slide, sources
 from heclip.checkpoint import Trained, load_checkpoint, save_checkpoint
 from heclip.dataset import Processed, patches_digest
-from heclip.files import InputError, write_h5ad
+from heclip.files import InputError, atomic_path, write_h5ad
 from heclip.panel import given_panel, read_panel
 from heclip.settings import TRAINING, Training
 
@@ -318,7 +318,8 @@ def read_stored_patches(folder):
     kept = stored.of(an_adata())
     crop_px = stored.crop_px(kept)
     target = folder / "out.npy"
-    stored.write(kept, crop_px, 8, target)
+    with atomic_path(target) as path:  # as preprocessing does
+        stored.write(kept, crop_px, 8, path)
     patches = np.load(target)
     target.unlink()
     assert patches.shape == (kept.n_obs, 8, 8, 3)
