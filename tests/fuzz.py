@@ -1,6 +1,6 @@
 """Mutate files of every format that the project reads, and read them: a campaign.
 
-    python tests/fuzz.py --files 20000 --seed 0 --workers 1
+    python tests/fuzz.py --files 20000 --seed 0
 
 Each file must end in a valid value or in one InputError, within SECONDS and GB of memory, and must
 leave nothing behind. Prints one table by format. Files that fail are kept in --keep with their
