@@ -3,6 +3,7 @@ half written or replaced by accident."""
 
 import json
 import re
+import zipfile
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -227,6 +228,30 @@ def processed(dataset="demo", **changes):
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("section")
     return SimpleNamespace(dataset=dataset, sections=lambda: table, sections_path="sections.csv",
                            check_made_from=lambda sections: None)
+
+
+@pytest.mark.parametrize(("entry", "value", "says"), [
+    ("config", {"n_genes": 10**9}, "its config does not fit its weights"),
+    ("config", {"embedding_dim": 10**6}, "its config does not fit its weights"),
+    ("config", {"n_genes": "4"}, ""), ("config", {"encoder": "vit_giant_patch14_dinov2"}, "fit"),
+    ("panel", {}, ""), ("patch_px", "32", "its patch_px is '32'"),
+    ("reference", ["A"], "its reference is"), ("digest", None, "its digest is None")])
+def test_a_checkpoint_with_another_entry_is_refused(saved, entry, value, says):
+    content = torch.load(saved, weights_only=True)
+    content[entry] = content[entry] | value if entry == "config" else value
+    torch.save(content, saved)
+    with pytest.raises(InputError, match=rf"is not a checkpoint of main\.py.*{says}"):
+        load_checkpoint(saved)
+
+
+def test_a_compressed_checkpoint_is_refused(saved):
+    with zipfile.ZipFile(saved) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    with pytest.raises(InputError, match="its members are compressed"):
+        load_checkpoint(saved)
 
 
 def test_a_model_may_predict_what_it_has_not_seen(saved):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -238,5 +239,42 @@ def test_corrected_expression_of_another_panel_is_refused(processed):
     np.save(processed.corrected_path("A", "heg"), corrected)
     panel = panel_of("G1", "G5", protocol="paper")
     np.testing.assert_array_equal(processed.expression("A", panel), corrected)
-    with pytest.raises(InputError, match=r"A\.heg_paper\.npy holds 2 genes, and its panel 3"):
+    fault = r"A\.heg_paper\.npy is of shape \(11, 2\), and its panel has 3 genes"
+    with pytest.raises(InputError, match=fault):
         processed.expression("A", panel_of("G1", "G5", "G3", protocol="paper"))
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda text: text.replace("query", "que ry"), "a role is neither"),
+    (lambda text: text.replace("mpp", "mp p"), "it lacks mpp"),
+    (lambda text: text.replace(",0.5,", ",-1,"), "a size is not a number above 0"),
+    (lambda text: text.replace(",0.5,", ",x,"), "a size is not a number above 0"),
+    (lambda text: text.replace(",0.5,", ",inf,"), "a size is not a number above 0"),
+    (lambda text: "," * 100_000, "first line is longer"),
+    (lambda text: "x" + text, ""), (lambda text: text.replace("\n", '\n"', 1), "")])
+def test_a_damaged_table_is_an_error_that_names_it(processed, change, says):
+    write_table(processed, ["A", "B"], role=["reference", "query"], mpp=0.5)
+    text = processed.sections_path.read_text()
+    assert change(text) != text
+    processed.sections_path.write_text(change(text))
+    with pytest.raises(InputError, match=rf"sections\.csv .*{says}"):
+        processed.sections()
+
+
+def test_indices_outside_a_section_are_an_error_that_names_it(processed):
+    write(processed)
+    with h5py.File(processed.section_path("A"), "r+") as file:
+        file["X/indices"][0] = 10**6
+    for read in (lambda: processed.read("A"),
+                 lambda: processed.expression("A", panel_of("nan", "G1"))):
+        with pytest.raises(InputError, match=r"A\.h5ad is damaged"):
+            read()
+
+
+@pytest.mark.parametrize("array", [
+    np.zeros((11, 4, 4, 3), np.int8), np.zeros((0, 4, 4, 3), np.uint8), np.zeros(3, np.uint8)])
+def test_an_array_that_holds_no_patches_is_refused(processed, array):
+    write(processed)
+    np.save(processed.patches_path("A"), array)
+    with pytest.raises(InputError, match=r"A\.patches\.npy holds .*expected patches"):
+        processed.patches("A")

@@ -441,3 +441,10 @@ for limit in (0, 100, 5000, 200_000):
                           cwd=Path(__file__).parent.parent / "code", capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == 4 * "File too large\n"  # EFBIG, as of any file beyond its limit
+
+
+def test_an_error_that_quotes_a_damaged_file_is_one_line_that_a_terminal_shows():
+    error = str(InputError(f"a.csv: holds 'x\n\x1b[2J\u2028{'y' * 10_000}'. Download it again"))
+    assert error.startswith("a.csv: holds 'x??[2J?yyy")
+    assert error.endswith("yyy'. Download it again")
+    assert len(error) < 2000

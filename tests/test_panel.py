@@ -232,3 +232,17 @@ def test_a_list_that_is_missing_or_empty_is_an_error_that_names_the_flag(tmp_pat
         (tmp_path / "genes.csv").write_text(text)
     with pytest.raises(InputError, match=r"--panel_file .*It takes a CSV with a header"):
         given_panel(tmp_path / "genes.csv", panel_of("G1"), SECTION)
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("# {", "# " + "[" * 100_000), ("# {", "# [] {"), ('"heg"', '"hag"'), ('"strict"', "1"),
+    ('"markers": []', '"markers": [1]'), ('"n_top": 2', '"n_top": "2"'), ("False", "Falsch"),
+    ("\nG2", "\nG1"), ("symbol", "symb")])
+def test_a_damaged_panel_is_an_error_that_names_it(tmp_path, old, new):
+    path = tmp_path / "panel_heg.csv"
+    panel_of("G1", "G2").write(path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError, match=r"panel_heg\.csv is not a panel"):
+        read_panel(path)

@@ -210,6 +210,13 @@ def other_spots(path):
     (lambda path: rewrite(path, about={"views": 8}), "averages 8 views of each patch, not the 2"),
     (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "is damaged"),
     (lambda path: path.write_text("no zip"), "is damaged, or of an older version"),
+    (lambda path: rewrite(path, gene=np.full((3, 8), np.nan)),
+     r"is damaged, .*\(its gene embeddings are not finite"),
+    (lambda path: rewrite(path, image=np.zeros(3)),
+     r"is damaged, .*\(its image embeddings are not finite"),
+    (lambda path: rewrite(path, about={"reference": [1]}),
+     r"is damaged, .*\(it does not name its sections"),
+    (lambda path: rewrite(path, about={"trained": {}}), "is damaged, or of an older version"),
     (lambda path: path.unlink(), "is missing"),
 ])
 def test_embeddings_of_something_else_are_refused_and_named(saved, spoil, says):

@@ -1,6 +1,7 @@
 """sheet.py, preprocess_custom.py: the processed files are the same whatever form a section has."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
 
@@ -551,7 +552,7 @@ def test_check_shows_what_there_is_and_writes_nothing(root, tmp_path, capsys):
     assert "60 genes are in every section" in said
     assert "columns not used: age" in said
     assert "?" not in said
-    assert "warning: C1: a pixel is taken to be 5 µm wide, but the section's own files say 3" in said
+    assert "warning: C1: a pixel is taken to be 5 µm wide, but the section's own files" in said
     assert "Nothing must be fixed, but read the warnings" in said
 
 
@@ -790,3 +791,31 @@ def test_muscle_sections_are_prepared_with_their_hires_picture(root, tmp_path, r
     patches = Processed("mine").patches("Vis5A")[:, 7:9, 7:9].mean(axis=(1, 2, 3))
     assert np.median(patches) < 160
     assert (patches < 200).mean() > 0.9
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, '{"a":' * 100_000, '[["tissue_hires_scalef", {}]]', "[1]", "1", "",
+    *(f'{{"tissue_hires_scalef": {value}}}'
+      for value in ("NaN", "1e999", "-1", "0", "null", "true", '"x"', "[1]", "{}"))])
+def test_scale_factors_that_are_no_numbers_are_problems(root, tmp_path, text):
+    rows = {name: stated_files(tmp_path, name) | {"scale": "hires"} for name in SECTIONS}
+    path = write_sheet(tmp_path, rows)
+    for name in SECTIONS:
+        (tmp_path / rows[name]["positions"]).with_name("scalefactors_json.json").write_text(text)
+    _, problems, _ = sheet.read_sheet(path)
+    assert any("scalefactors_json.json" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(("column", "value", "says"), [
+    ("counts", "a\0b", "counts is 'a?x00b', which is no path|no path"),
+    ("image", "a" * 300, "File name too long"), ("section", "a\x1fb", "cannot be the name"),
+    ("positions", "~nobody.here/a", "no path|is missing")])
+def test_a_cell_that_is_no_path_is_a_problem(root, tmp_path, column, value, says):
+    rows = {name: stated_files(tmp_path, name) for name in SECTIONS}
+    path = write_sheet(tmp_path, rows)
+    text = path.read_text().splitlines()
+    cells = text[1].split(",")
+    cells[text[0].split(",").index(column)] = value
+    path.write_text("\n".join([text[0], ",".join(cells), *text[2:]]))
+    _, problems, _ = sheet.read_sheet(path)
+    assert any(re.search(says, problem) for problem in problems), problems

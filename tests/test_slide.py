@@ -895,3 +895,53 @@ for path in sys.argv[1:]:
                           check=True,
                           env=os.environ | {"PYTHONPATH": str(Path(slide.__file__).parents[1])})
     assert max(map(int, done.stdout.split())) < 35  # MB; the picture is 75
+
+
+# -------------------------------------------------------------------- files that declare too much
+
+
+def with_tags(path, **values):
+    """Give the first page of a little-endian TIFF other values in tags of one number."""
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        for name, value in values.items():
+            at = file.pages[0].tags[name].offset
+            content[at + 2:at + 12] = b"\4\0\1\0\0\0" + value.to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("layout", "tags", "says"), [
+    (dict(rowsperstrip=7), dict(ImageWidth=10**6, ImageLength=10**6), "1000000 pixels would take"),
+    (dict(tile=(48, 64), compression="deflate"), dict(ImageWidth=10**6, ImageLength=10**6),
+     "1000000 pixels would take"),
+    (dict(tile=(48, 64), compression="jpeg"), dict(ImageWidth=30_000, ImageLength=30_000),
+     "30000 pixels would take"),
+    (dict(tile=(48, 64), compression="deflate"), dict(TileWidth=2**30), "its tiles of"),
+    (dict(rowsperstrip=7), dict(ImageWidth=0), "")])
+def test_a_tiff_that_declares_more_than_it_holds_is_refused(tmp_path, layout, tags, says):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, an_image(), photometric="rgb", metadata=None, **layout)
+    with_tags(path, **tags)
+    with (pytest.raises(InputError, match=rf"a\.tif cannot be read as an image \(.*{says}"),
+          slide.open_slide(path)):
+        pass
+
+
+def test_a_picture_that_declares_more_than_it_holds_is_refused(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(an_image()).save(path)
+    content = path.read_bytes()
+    at = content.index(b"\xff\xc0") + 5  # height and width
+    path.write_bytes(content[:at] + b"\xff" * 4 + content[at + 4:])
+    with pytest.raises(InputError, match="65535 x 65535 pixels would"), slide.open_slide(path):
+        pass
+
+
+def test_a_gzipped_picture_that_unpacks_to_too_much_is_refused_and_leaves_nothing(tmp_path,
+                                                                                  monkeypatch):
+    monkeypatch.setattr(slide, "UNPACKED_LEAST", 1 << 20)
+    path = tmp_path / "a.tif.gz"
+    path.write_bytes(gzip.compress(bytes(1 << 22)) * 8)
+    with pytest.raises(InputError, match="unpacks to over"), slide.open_slide(path, tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == [path]

@@ -395,6 +395,60 @@ def test_any_damage_inside_a_gzip_is_an_input_error(tmp_path, seed):
         sources.read_counts(path)
 
 
+HEAD = "%%MatrixMarket matrix coordinate integer general\n"
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    (HEAD + "5 7 1000000000\n1 1 1\n", "it promises 1,000,000,000 entries, which its"),
+    (HEAD + "1000000000 1000000000 1\n1 1 1\n", "1000000000 x 1000000000 entries, but"),
+    ("%%MatrixMarket matrix array integer general\n5 7\n1\n", "it promises 35 entries"),
+    (HEAD + "5 7 2\n1 1 1\n\0\0\0 1\n", "it holds bytes that are no text"),  # ended the process
+    (HEAD + "5 7 2\n1 1 2000000000\n1 1 2000000000\n", "two values for one spot and gene"),
+    (HEAD + "5 7\n", "its sizes are"), (HEAD + "5 -7 1\n", "its sizes are"),
+    (HEAD + "five 7 1\n", "invalid literal"), ("1 1 1\n", "does not begin with %%MatrixMarket")])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_matrix_that_its_file_cannot_hold_is_refused(tmp_path, text, says, suffix):
+    path = write_mtx(tmp_path, *a_matrix(), suffix=suffix)
+    if suffix and "promises 35" in says:
+        pytest.skip("a gzipped text of any size may hold them")
+    if suffix and "1,000,000,000" not in says:
+        says = says.replace("it promises", "promises")
+    write_text(path, text)
+    with pytest.raises(InputError, match=re.escape(str(path)) + f".*({says})"):
+        sources.read_counts(path)
+
+
+@pytest.mark.parametrize(("name", "values"), [
+    ("matrix/indices", [0, 99]), ("matrix/indptr", [0, 10**9]), ("matrix/indptr", [5, 0])])
+def test_indices_outside_a_matrix_are_refused(tmp_path, name, values):
+    path = write_h5(tmp_path / "a.h5", *a_matrix())
+    with h5py.File(path, "r+") as file:
+        file[name][-2:] = values
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        sources.read_counts(path)
+
+
+@pytest.mark.parametrize("text", [
+    "a\tb\n", "\tE1\tE1\n1x1\t1\t2\n", "", "\n", "E1\tE2\n1x1\t1\t2\t3\t4\n", "\t" * 1000 + "\n"])
+def test_an_st_table_without_genes_or_with_one_twice_is_refused(tmp_path, text):
+    path = write_text(tmp_path / "a.tsv", text)
+    for read in (sources.read_counts, sources.read_genes):
+        if read is sources.read_genes and "E1\tE1" in text:
+            continue
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            read(path)
+
+
+@pytest.mark.parametrize(("row", "in_tissue", "says"), [
+    ("1e300", 1, "array_row holds 1e\\+300, expected a place in an array"),
+    ("1.5", 1, "array_row holds 1.5, expected a place in an array"),
+    (3, 7, "in_tissue holds 7, expected 0 or 1")])
+def test_a_number_that_cannot_be_a_place_is_refused(tmp_path, row, in_tissue, says):
+    path = write_text(tmp_path / "p.csv", f"AAC-1,1,0,0,5,5\nAAG-1,{in_tissue},{row},0,5,5\n")
+    with pytest.raises(InputError, match=says):
+        sources.read_positions(path)
+
+
 @pytest.mark.parametrize("damage", [
     cut, not_zipped, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
 def test_a_broken_h5_is_an_error_that_names_the_file(tmp_path, damage):

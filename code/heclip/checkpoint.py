@@ -6,7 +6,6 @@ read too.
 
 import hashlib
 import json
-import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,12 +15,16 @@ import torch
 
 from .features import digest
 from .files import InputError, atomic_path, first_line
+from .limits import check_zip
 from .model import HECLIP, ModelConfig, load_encoder_weights
 from .panel import Panel, run_name
 from .settings import TRAINING, Training
 
 FORMAT = 4
 LIBRARIES = ("torch", "timm", "numpy", "scanpy", "anndata")  # their versions are saved
+KINDS = {  # of what a damaged file may hold other values
+    "reference": dict | None, "patch_px": int, "patch_um": int | float | None, "epoch": int,
+    "frozen": dict | None, "digest": str, "versions": dict, "validation": list | None}
 SAME_WIDTH = 0.1  # patches whose widths differ by less, relatively, count as of the same scale
 
 
@@ -123,12 +126,16 @@ def from_facts(facts, network=None, path=None):
     if settings["query"]:
         settings["query"] = tuple(settings["query"])
     panel = facts.pop("panel")
-    if panel:
+    if panel is not None:
         ids = pd.Index(panel.pop("ids"), name="gene_id")
         genes = pd.DataFrame({"symbol": panel.pop("symbols")}, index=ids)
         genes["marker"] = genes["symbol"].isin(panel["markers"])
         panel = Panel(genes=genes, **panel)
-    return Trained(network, Training(**settings), panel, path=path, **facts)
+    trained = Trained(network, Training(**settings), panel, path=path, **facts)
+    for name, kind in KINDS.items():
+        if not isinstance(getattr(trained, name), kind):
+            raise ValueError(f"its {name} is {getattr(trained, name)!r}")
+    return trained
 
 
 def library_versions():
@@ -185,7 +192,9 @@ def load_checkpoint(path):
         saved = read(path)
         if is_published(saved):
             return load_published(saved, path)
-        network, weights = HECLIP(ModelConfig(**saved["config"])), saved["model"]
+        config, weights = ModelConfig(**saved["config"]), saved["model"]
+        check_shapes(config, weights)
+        network = HECLIP(config)
         trained = from_facts(only_facts(saved), network, path)
         if trained.frozen and trained.frozen["hub"]:
             weights = network_from_hub(trained) | weights
@@ -197,6 +206,18 @@ def load_checkpoint(path):
                          f"({first_line(error)}). Train again, or copy it again") from None
     network.eval()
     return trained
+
+
+def check_shapes(config, weights):
+    """Raise ValueError if weights are not those of a network of this config.
+
+    No memory is taken for the network, because a damaged config may describe one of any size.
+    """
+    with torch.device("meta"):
+        expected = HECLIP(config).state_dict()
+    for name, value in weights.items():
+        if name not in expected or value.shape != expected[name].shape:
+            raise ValueError(f"its config does not fit its weights of {name}")
 
 
 def network_from_hub(trained):
@@ -218,8 +239,7 @@ def read(path):
 
     Raises ValueError if the file is damaged or has another format.
     """
-    if wrong := zipfile.ZipFile(path).testzip():  # torch does not check the checksums it writes
-        raise ValueError(f"the checksum of {wrong} is wrong")
+    check_zip(path)
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not is_published(saved) and saved["format"] != FORMAT:
         raise ValueError(f"format {saved['format']}, expected {FORMAT}")

@@ -4,6 +4,7 @@ The tree below `ROOT` is the contract between the stages; see "Files" in the REA
 """
 
 import hashlib
+import io
 import json
 import os
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ import pandas as pd
 
 from .files import InputError, first_line
 from .identity import Identity, shared
+from .limits import check_indices, check_npy, open_hdf5, read_text
 from .panel import choose_panel, read_panel, run_name
 from .spots import array_of
 
+SIZES = "n_spots", "mpp", "patch_px", "crop_px"  # columns of the section table
 SCRIPTS = Path(__file__).parents[1]
 ROOT = Path(os.environ.get("HECLIP_ROOT") or Path(__file__).resolve().parents[2])
 
@@ -174,11 +177,18 @@ class Processed:
         """
         text = {"section": str, "donor": str, "digest": str}
         path = self.need(self.sections_path)
-        table = pd.read_csv(path, dtype=text, keep_default_na=False, index_col="section")
+        try:
+            content = io.StringIO(read_text(path))
+            table = pd.read_csv(content, dtype=text, keep_default_na=False).set_index("section")
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}). Run {self.command} "
+                             "again") from None
         if not table.index.is_unique:
             raise InputError(f"{path} names a section twice. Run {self.command} again")
         if "digest" not in table:
             raise InputError(f"{path} was written by an older version. Run {self.command} again")
+        if fault := fault_of(table):
+            raise InputError(f"{path} is damaged ({fault}). Run {self.command} again")
         return table
 
     def roles(self, query=None):
@@ -255,7 +265,12 @@ class Processed:
         import anndata
 
         with self.opened(section) as file:
-            return anndata.io.read_elem(file)
+            adata = anndata.io.read_elem(file)
+            if not isinstance(adata, anndata.AnnData):
+                raise ValueError("it is no AnnData")
+            for matrix in (adata.X, *adata.layers.values()):
+                check_indices(matrix)
+        return adata
 
     def spots(self, section):
         """A section's spots without genes, as AnnData of n_spots x 0: obs, obsm and uns."""
@@ -286,11 +301,9 @@ class Processed:
     @contextmanager
     def opened(self, section):
         """A section's open HDF5 file. Errors while it is read name the file."""
-        import h5py
-
         path = self.need(self.section_path(section))
         try:
-            with h5py.File(path) as file:
+            with open_hdf5(path) as file:
                 yield file
         except (InputError, MemoryError):
             raise
@@ -305,17 +318,26 @@ class Processed:
         together.
         """
         path = self.need(self.patches_path(section))
-        try:
-            patches = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
-                             f"{self.command} again") from None
+        patches = self.load(path, mmap_mode="r")
+        if patches.dtype != np.uint8 or patches.ndim != 4 or not len(patches):
+            raise InputError(f"{path} holds {patches.dtype} of shape {patches.shape}, expected "
+                             f"patches. Delete it and run {self.command} again")
         with self.opened(section) as file:
             made_with = file["uns/patches_digest"][()].decode()
         if patches_digest(patches) != made_with:
             raise InputError(f"{path} and {self.section_path(section)} were not made together. "
                              f"Delete both and run {self.command} again")
         return patches
+
+    def load(self, path, **options):
+        """The array in a .npy file. options: of numpy.load. Raises InputError if it is damaged."""
+        try:
+            with open(path, "rb") as file:
+                check_npy(file, os.path.getsize(path))
+            return np.load(path, **options)
+        except (ValueError, EOFError, OverflowError) as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}). Delete it and run "
+                             f"{self.command} again") from None
 
     # --------------------------------------------------------------------------- panel, expression
 
@@ -336,10 +358,10 @@ class Processed:
         """What the model is trained on and scored against: float32 (n_spots, G), in panel order."""
         if panel.protocol == "paper":
             path = self.need(self.corrected_path(section, panel.kind), "paper")
-            corrected = np.load(path)
-            if corrected.shape[1] != len(panel):
-                raise InputError(f"{path} holds {corrected.shape[1]} genes, and its panel "
-                                 f"{len(panel)}. Run {self.command} again")
+            corrected = self.load(path)
+            if corrected.ndim != 2 or corrected.shape[1] != len(panel):
+                raise InputError(f"{path} is of shape {corrected.shape}, and its panel has "
+                                 f"{len(panel)} genes. Run {self.command} again")
             return corrected
         with self.opened(section) as file:
             return read_columns(file, panel.ids)
@@ -349,6 +371,19 @@ def identity_of(section, spots, fingerprints):
     """The Identity of a processed section, AnnData."""
     return Identity(section, fingerprints, json.loads(spots.uns["made_from"])["image"],
                     spots.obsm["spatial"], int(spots.uns["crop_px"]), array_of(spots.obs))
+
+
+def fault_of(table):
+    """What is wrong with the contents of a section table, in words; None if it is right."""
+    if absent := [name for name in ("donor", "role", *SIZES) if name not in table]:
+        return f"it lacks {', '.join(absent)}"
+    if not table["role"].isin(["reference", "query"]).all():
+        return "a role is neither reference nor query"
+    sizes = table[list(SIZES)]
+    is_number = all(kind.kind in "if" for kind in sizes.dtypes)
+    if not is_number or not ((sizes > 0) & np.isfinite(sizes)).all(axis=None):
+        return "a size is not a number above 0"
+    return None
 
 
 def section_digest(made_from):
@@ -383,7 +418,11 @@ def read_columns(file, ids, rows=1024):
                          "first. The panel belongs to another dataset, or the section has been "
                          "made again since")
     x = anndata.io.sparse_dataset(file["X"])
-    blocks = [x[start:start + rows][:, place].toarray() for start in range(0, x.shape[0], rows)]
+    blocks = []
+    for start in range(0, x.shape[0], rows):
+        block = x[start:start + rows]
+        check_indices(block)
+        blocks.append(block[:, place].toarray())
     return np.concatenate(blocks).astype(np.float32, copy=False)
 
 

@@ -59,7 +59,8 @@ def saved_features(processed, section, config, weights):
         features = np.load(path, mmap_mode="r")  # opened before the check, which is of this file
         unchanged = (is_as_recorded(path, made["features"])
                      and is_as_recorded(processed.patches_path(section), made["patches"]))
-    except (OSError, ValueError, EOFError, KeyError, TypeError):  # absent, or damaged
+    except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
+        # They are absent, or damaged.
         return None
     if unchanged:
         processed.patches(section)  # an error if they were not made together with the expression

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import filelock
 
+LONGEST = 2000  # characters of an error's text
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LEFTOVER_DAYS = 7  # after these, a temporary file of another machine counts as abandoned
 # Errors of a network file system that does not support locks or fsync. 524 is Linux's internal
 # ENOTSUPP, which it should not show but does.
@@ -27,8 +29,14 @@ class InputError(Exception):
     """An error in what the user gave.
 
     The text names the file, says what is wrong with it and how to fix it. It is shown without a
-    traceback.
+    traceback. It is one line that a terminal can show, even if it quotes a damaged file.
     """
+
+    def __init__(self, text):
+        if len(text) > LONGEST:
+            half = LONGEST // 2 - 2
+            text = f"{text[:half]} … {text[-half:]}"
+        super().__init__(UNPRINTABLE.sub("?", text))
 
 
 # ------------------------------------------------------------------------- whole or not at all

@@ -5,6 +5,7 @@ encoder, D embedding width.
 """
 
 import re
+import zipfile
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from .files import InputError, first_line
+from .limits import check_zip
 
 LITE0 = "tf_efficientnet_lite0"  # small, and its ImageNet weights are a Python package
 
@@ -292,6 +294,8 @@ def read_weights(file):
             from safetensors.torch import load_file
 
             return load_file(file)
+        if zipfile.is_zipfile(file):  # older files are pickles
+            check_zip(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model"):
             weights = weights.get(key, weights)

@@ -1,5 +1,6 @@
 """The gene panel: the genes that a model predicts, and how these were chosen."""
 
+import io
 import json
 from dataclasses import dataclass, replace
 
@@ -7,8 +8,10 @@ import numpy as np
 import pandas as pd
 
 from .files import InputError, atomic_path, first_line
+from .limits import open_text, read_text
 
 RANKED_BY = {"hvg": "dispersion", "heg": "mean"}  # columns of a section's gene table
+LINE = 1 << 20  # characters of a panel's first line, which lists the markers
 IN_WORDS = {"hvg": "normalised dispersion", "heg": "mean log-normalised expression"}
 
 
@@ -70,15 +73,32 @@ def run_name(kind, protocol):
 def read_panel(path):
     """Read what `Panel.write` wrote. Raises InputError if the file is anything else."""
     try:
-        with open(path) as file:
+        with open_text(path, LINE) as file:
             how = json.loads(file.readline().removeprefix("#"))
-            genes = pd.read_csv(file, dtype={"gene_id": str, "symbol": str}, index_col="gene_id",
-                                keep_default_na=False)
-        return Panel(how["type"], how["protocol"], genes, how["sections"], how["n_top"],
-                     how["markers"])
-    except (ValueError, KeyError, TypeError) as error:
+            genes = pd.read_csv(file, dtype={"gene_id": str, "symbol": str}, keep_default_na=False)
+        panel = Panel(how["type"], how["protocol"], genes.set_index("gene_id"), how["sections"],
+                      how["n_top"], how["markers"])
+        check_panel(panel)
+        return panel
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a panel that a preprocess script wrote "
                          f"({first_line(error)}). Run that script again") from None
+
+
+def check_panel(panel):
+    """Raise ValueError if a panel that was read is not what `Panel` describes."""
+    texts = [*panel.sections, *panel.markers]
+    if not all(isinstance(name, str) for name in texts) or not isinstance(panel.n_top, int):
+        raise ValueError("its first line is damaged")
+    if panel.kind not in RANKED_BY or panel.protocol not in ("strict", "paper"):
+        raise ValueError(f"it is of kind {panel.kind} and protocol {panel.protocol}")
+    if not len(panel) or not panel.ids.is_unique:
+        raise ValueError("it holds no genes, or one twice")
+    if "symbol" not in panel.genes:
+        raise ValueError("it lacks symbols")
+    ranks = panel.genes.filter(regex="^rank_")
+    if panel.is_marker.dtype != bool or any(kind.kind != "i" for kind in ranks.dtypes):
+        raise ValueError("its markers or ranks are damaged")
 
 
 def choose_panel(kind, genes, n_top, present_in=(), markers=(), protocol="strict"):
@@ -123,8 +143,10 @@ def given_panel(file, panel, genes):
     Raises InputError if the file holds no genes, one gene twice, or one that the section lacks.
     """
     try:
-        table = pd.read_csv(file, comment="#", dtype=str, index_col=0, keep_default_na=False)
-    except (OSError, ValueError) as error:
+        content = io.StringIO(read_text(file))
+        table = pd.read_csv(content, comment="#", dtype=str, keep_default_na=False)
+        table = table.set_index(table.columns[0])
+    except (OSError, EOFError, ValueError, IndexError) as error:
         raise InputError(f"--panel_file {file}: {first_line(error)}. It takes a CSV with a header "
                          "and gene ids in the first column") from None
     ids = table.index

@@ -17,6 +17,7 @@ from .batches import Patches, encode_patches
 from .checkpoint import from_facts, saved_digest
 from .features import features_of, saved_features
 from .files import InputError, atomic_path, first_line
+from .limits import read_arrays
 from .retrieval import average_expression, centre, retrieve, spread
 from .spots import smooth
 
@@ -169,14 +170,24 @@ def save_embeddings(run, trained, processed, embeddings, reference, views):
 def load_embeddings(path):
     """The contents that `save_embeddings` wrote: (embeddings by kind, barcodes, about).
 
+    about["trained"] is the Trained, without network.
+
     Raises InputError if the file is missing, damaged or of an older version.
     """
     if not path.exists():
         raise InputError(f"{path} is missing. Make it by running infer.py without --from_ebd")
     try:
-        with np.load(path) as file:
-            about = json.loads(str(file["about"]))
-            return {kind: file[kind] for kind in ("image", "gene")}, file["barcode"], about
+        arrays = read_arrays(path)
+        barcodes, about = arrays["barcode"], json.loads(str(arrays["about"]))
+        about["trained"] = from_facts(about["trained"], path=path)
+        embeddings = {kind: arrays[kind] for kind in ("image", "gene")}
+        names = [about["section"], *about["reference"]]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("it does not name its sections")
+        for kind, values in embeddings.items():
+            if values.ndim != 2 or len(values) != len(barcodes) or not np.isfinite(values).all():
+                raise ValueError(f"its {kind} embeddings are not finite numbers, one row per spot")
+        return embeddings, barcodes, about
     except Exception as error:  # zip, numpy and JSON raise many kinds
         raise InputError(f"{path} is damaged, or of an older version ({first_line(error)}). Run "
                          "infer.py without --from_ebd") from None
@@ -190,7 +201,7 @@ def fresh_embeddings(run, processed, section, views, model_digest):
     path = run.embeddings(section)
     embeddings, barcodes, about = load_embeddings(path)
     fault = None
-    if about["trained"]["digest"] != model_digest:
+    if about["trained"].digest != model_digest:
         fault = "was made by another model than the one that is there now"
     elif about["section"] != processed.sections().at[section, "digest"]:
         fault = f"was made before {section} was preprocessed again"
@@ -212,7 +223,7 @@ def read_embeddings(run, processed, query, views):
     """
     path = run.embeddings(query)
     _, _, about = load_embeddings(path)
-    trained = from_facts(about["trained"], path=path)
+    trained = about["trained"]
     made_by = saved_digest(run.checkpoint) or trained.digest
     views = views or about["views"]
     embeddings = {section: fresh_embeddings(run, processed, section, views, made_by)

@@ -23,6 +23,7 @@ import pandas as pd
 from . import identity, preprocess, slide, sources
 from .dataset import ROOT, Dataset, Section
 from .files import InputError, first_line, sha256
+from .limits import read_text
 from .part import of_obs, read_part
 from .spots import array_of, staggered
 
@@ -42,15 +43,21 @@ ENSEMBL = re.compile(r"(ENS[A-Z]*G\d+)(\.\d+)?")
 
 @contextmanager
 def collecting(problems, section):
-    """Add the InputError that a block raises to the list of problems, under the section's name.
+    """Add the error that a block raises to the list of problems, under the section's name.
 
-    Once, if two blocks read the same file.
+    Once, if two blocks read the same file. It is an InputError, or the system's error for a file
+    of the section that cannot be looked at.
     """
     try:
         yield
     except InputError as error:
-        if (problem := f"{section}: {error}") not in problems:
-            problems.append(problem)
+        problem = f"{section}: {error}"
+    except OSError as error:  # a name that is too long, a folder without permission
+        problem = f"{section}: {error.filename}: {error.strerror}. Correct the path"
+    else:
+        return
+    if problem not in problems:
+        problems.append(problem)
 
 
 # ---------------------------------------------------------------------------------------- the sheet
@@ -75,9 +82,10 @@ def read_sheet(path):
     optional = [column for column in KNOWN if column not in table]
     table = table.reindex(columns=[*table, *optional], fill_value="")
     problems, sections = [], []
+    repeated = table["section"].duplicated() & (table["section"] != "")
     for line, row in table.iterrows():
         name = row["section"] or f"line {line}"
-        if not re.fullmatch(r"[^./\\][^/\\]*", row["section"]):
+        if not re.fullmatch(r"[^./\\\0-\x1f][^/\\\0-\x1f]*", row["section"]):
             problems.append(f"{name}: section {row['section']!r} cannot be the name of a file. "
                             "Choose another name")
         if row["section"] and (table["section"] == row["section"]).sum() > 1:
@@ -89,7 +97,8 @@ def read_sheet(path):
         if row["role"] not in ("reference", "query"):
             problems.append(f"{name}: role {row['role']!r} is neither 'reference' nor 'query'. "
                             "Give one of the two")
-        sections.append(read_line(row, path.parent, name, problems))
+        if not repeated[line]:  # a sheet may repeat a line many times
+            sections.append(read_line(row, path.parent, name, problems))
     if not (table["role"] == "reference").any():
         problems.append(f"{path.name}: no section has the role 'reference', so there is nothing to "
                         "learn from. Give at least one this role")
@@ -102,9 +111,7 @@ def read_lines(path):
     Columns are separated by commas, semicolons or tabs. Blank lines are left out.
     """
     try:
-        with sources.open_text(path) as file:
-            text = file.read()
-        lines = text.splitlines()
+        lines = read_text(path).splitlines()
         skipped = 0
         if lines and re.fullmatch(r'"?sep=.?"?', lines[0].strip()):  # Excel's, for itself
             skipped = 1
@@ -135,7 +142,11 @@ def read_line(row, folder, name, problems):
     folder: the one that paths are relative to. problems: a list that is added to.
     """
     def given(column):
-        return (folder / Path(row[column]).expanduser()).resolve() if row[column] else None
+        try:
+            return (folder / Path(row[column]).expanduser()).resolve() if row[column] else None
+        except (ValueError, RuntimeError) as error:  # a zero byte, an unknown user
+            raise InputError(f"{column} is {row[column]!r}, which is no path "
+                             f"({first_line(error)})") from None
 
     counts = positions = image = pitch_um = mpp = lattice = None
     scale, numbers, part = 1.0, {}, ()
@@ -305,7 +316,7 @@ def find_scale(text, positions, image, part=()):
         factors = read_json(where)
     if f"tissue_{text}_scalef" not in factors:
         raise InputError(f"{where} states no tissue_{text}_scalef. Give the number as scale")
-    return float(factors[f"tissue_{text}_scalef"])
+    return number(str(factors[f"tissue_{text}_scalef"]), f"tissue_{text}_scalef of {where}")
 
 
 def scale_factors_file(positions, image):
@@ -371,9 +382,8 @@ def is_st_table(positions):
 def read_json(path):
     """Read the row in a JSON file: dict. Raises InputError if it is damaged."""
     try:
-        with sources.open_text(path) as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError, EOFError) as error:
+        return dict(json.loads(read_text(path)))
+    except (OSError, ValueError, TypeError, EOFError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({first_line(error)}). Download it again") from None
 
 

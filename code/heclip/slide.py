@@ -42,6 +42,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .files import InputError, first_line, temporary_path
+from .limits import check_declared, open_hdf5
 from .missing import add_note, leave_out
 
 BAND = 128  # rows of a band, at least: more would leave the processor's cache
@@ -49,6 +50,7 @@ CACHE = 256 << 20  # bytes of decoded tiles
 DECODERS = 4  # threads that decode tiles
 AHEAD = 16  # patches whose tiles are asked for before they are needed
 THUMBNAIL = 1500  # px, the longest edge of the picture that is kept with the expression
+UNPACKED_LEAST, UNPACKED_RATIO = 1 << 30, 100  # most bytes of a gzipped picture, and per byte of it
 LIMIT = threading.Lock()  # Pillow's limit of pixels is one for all threads
 ORIENTATION = 274  # number of the tag, in TIFF and in EXIF
 PLAUSIBLE = (0.05, 20)  # µm per pixel; a screen's 96 dots per inch would be 265
@@ -249,14 +251,18 @@ def starts_with(file, *magic):
 def unzipped(path, folder):
     """Unpack a gzipped file to the last byte, yield the copy, and remove it.
 
-    Raises InputError if the file is damaged or ends early.
+    Raises InputError if the file is damaged or ends early, or if it unpacks to more than a picture
+    would.
     """
     copy = temporary_path(Path(folder or tempfile.gettempdir()) / path.stem)
+    limit = UNPACKED_LEAST + UNPACKED_RATIO * path.stat().st_size
     try:
         with igzip.open(path) as source, open(copy, "wb") as out:
             while block := source.read(1 << 24):
                 out.write(block)
-    except (EOFError, igzip.BadGzipFile, isal_zlib.error) as error:
+                if out.tell() > limit:
+                    raise ValueError(f"it unpacks to over {limit / 1e9:.0f} GB")
+    except (EOFError, ValueError, igzip.BadGzipFile, isal_zlib.error) as error:
         copy.unlink()
         raise unreadable(path, error) from None
     try:
@@ -292,6 +298,8 @@ def openslide_levels(file):
     """
     with OpenSlide(file) as handle:
         properties = handle.properties
+        if is_tiff(file):  # other formats keep pixels in files next to it
+            check_size(file, *handle.dimensions)
         colour = "#" + properties.get("openslide.background-color", "FFFFFF")
         glass = Image.new("RGBA", (1, 1), colour)
 
@@ -327,6 +335,11 @@ def tiff_levels(file):
         if not series:
             raise ValueError("it holds no image")
         series = max(series, key=lambda one: one.keyframe.imagelength * one.keyframe.imagewidth)
+        for level in series.levels:
+            page = level.keyframe
+            check_size(file, page.imagewidth, page.imagelength)
+            check_declared(f"its tiles of {page.chunks}", math.prod(page.chunks),
+                           file.stat().st_size)
         if any(page is None for page in series.pages):
             raise ValueError("one of its channels is missing")
         end = max(offset + size for page in series.pages
@@ -338,6 +351,13 @@ def tiff_levels(file):
             mpp = mpp[::-1]
         levels = [tiff_level(file, series, number) for number in range(len(series.levels))]
         yield [turned(level, orientation) for level in levels], mpp
+
+
+def check_size(file, width, height):
+    """Raise ValueError if a picture has more pixels than its file can hold."""
+    if min(width, height) < 1:
+        raise ValueError(f"it has {width} x {height} pixels")
+    check_declared(f"its {width} x {height} pixels", 3 * width * height, file.stat().st_size)
 
 
 def tiff_level(file, series, number):
@@ -412,6 +432,7 @@ def picture_level(file):
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             with Image.open(file) as image:
+                check_size(file, *image.size)
                 orientation = image.getexif().get(ORIENTATION, 1)
                 if image.mode in ("P", "PA") or image.mode.startswith("LA"):
                     image = image.convert("RGBA")
@@ -790,7 +811,7 @@ class StoredPatches:
     def __init__(self, path):
         self.path = path
         try:
-            with h5py.File(path) as file:
+            with open_hdf5(path) as file:
                 self.side = file["img"].shape[1]
                 shape, kind = file["img"].shape, file["img"].dtype
                 if shape[1:] != (self.side, self.side, 3) or kind != np.uint8:
@@ -852,7 +873,10 @@ class StoredPatches:
                       "shape": (len(xy), patch_px, patch_px, 3)}
             np.lib.format.write_array_header_1_0(out, header)
             for (x, y), row in zip(xy, self.row[adata.obs_names], strict=True):
-                patch = file["img"][row, edge:edge + inner, edge:edge + inner]
+                try:
+                    patch = file["img"][row, edge:edge + inner, edge:edge + inner]
+                except OSError as error:
+                    raise unreadable(self.path, error) from None
                 out.write(resample(patch, patch_px).tobytes())
                 thumbnail.paste(Image.fromarray(resample(patch, tile)),
                                 (round(x * scale - tile / 2), round(y * scale - tile / 2)))

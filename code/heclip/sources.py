@@ -12,6 +12,7 @@ import warnings
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata
 import h5py
@@ -19,9 +20,10 @@ import numpy as np
 import pandas as pd
 import scipy.io
 import scipy.sparse
-from isal import igzip, isal_zlib  # gzip, at two to three times its speed
+from isal import isal_zlib
 
 from .files import InputError, first_line
+from .limits import LINE, check_indices, open_bytes, open_hdf5, open_text, read_text, text_room
 from .missing import add_note, leave_out
 from .part import selected
 from .spots import array_of
@@ -43,6 +45,8 @@ NO_GENE = re.compile(
     r"intergenic[ _-]region|ercc-\d|__)", re.IGNORECASE)
 # Names of x and y, where a table of positions names them.
 NAMED_XY = [("pxl_col_in_fullres", "pxl_row_in_fullres"), ("imagecol", "imagerow"), ("x", "y")]
+LARGEST_ARRAY = 10**6  # rows or columns; those of Visium HD are some thousands
+ST_LINE = 16 << 20  # characters of an ST table's first line, which names the genes
 IN_TISSUE = {"1", "1.0", "true", "t", "yes", "in"}
 OFF_TISSUE = {"0", "0.0", "false", "f", "no", "out"}
 RAW_SHARE = 0.95  # of the spots on glass: a raw matrix has more, a filtered one none
@@ -76,15 +80,6 @@ def find(raw, patterns, what):
                 return raw / matches[0]
     raise InputError(f"{raw}: no {what} found; looked for {' and '.join(patterns)}, plain or .gz. "
                      "Put it there (README, 'The datasets') or name the raw folder with --raw")
-
-
-def open_text(path):
-    """Open a text file. It is unzipped if its content is gzip, whatever its name is."""
-    with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    if zipped:
-        return igzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
 
 
 # ------------------------------------------------------------------------------------------- counts
@@ -132,13 +127,55 @@ def read_mtx(path):
     barcodes = read_table(barcodes_path)[0].astype(str)
     features = read_table(features_path)
     try:
-        opener = igzip.open if path.name.endswith(".gz") else open
-        with opener(path, "rb") as file, io.BufferedReader(file, 1 << 20) as buffered:
-            matrix = scipy.io.mmread(buffered)  # genes x spots; buffered because it reads in bits
-    except DAMAGED as error:
+        with open_bytes(path) as file:
+            n_genes, n_spots, *n_entries = mtx_sizes(file)
+            trio = (features_path, features[0], barcodes_path, barcodes)
+            check_trio(path, (n_genes, n_spots), *trio)
+            check_entries(path, *(n_entries or [n_genes * n_spots]))
+            file.seek(0)
+            matrix = scipy.io.mmread(MatrixText(file))  # genes x spots
+    except (*DAMAGED, RuntimeError) as error:
         raise damaged(path, error) from None
-    check_trio(path, matrix.shape, features_path, features[0], barcodes_path, barcodes)
     return build(path, matrix.T, barcodes, *mtx_features(features))
+
+
+class MatrixText(NamedTuple):
+    """An open mtx as scipy can read it, even if it is damaged.
+
+    It has no `seek` and `tell`, because scipy ends the process if one of them fails. It gives no
+    zero byte, because scipy reads on behind one, in memory that is not the file's.
+    """
+
+    file: io.BufferedReader
+
+    def read(self, size):
+        """The next bytes. Raises ValueError if one of them is zero."""
+        block = self.file.read(size)
+        if b"\0" in block:
+            raise ValueError("it holds bytes that are no text")
+        return block
+
+
+def mtx_sizes(file):
+    """The sizes that an open mtx declares: genes, spots, and entries unless it is dense."""
+    line = file.readline(LINE)
+    banner = line.lower().split()
+    if banner[:2] != [b"%%matrixmarket", b"matrix"] or len(banner) != 5:
+        raise ValueError("it does not begin with %%MatrixMarket matrix")
+    n_sizes = 2 if banner[2] == b"array" else 3
+    while line.startswith(b"%") or line.isspace():
+        line = file.readline(LINE)
+    sizes = [int(size) for size in line.split()]
+    if len(sizes) != n_sizes or min(sizes) < 0:
+        raise ValueError(f"its sizes are {sizes}")
+    return sizes
+
+
+def check_entries(path, n_entries):
+    """Raise ValueError if a text matrix promises more entries than it has room for."""
+    if 2 * n_entries > text_room(path):  # an entry has at least a digit and a line end
+        raise ValueError(f"it promises {n_entries:,} entries, which its {path.stat().st_size:,} "
+                         "bytes cannot hold")
 
 
 def check_trio(path, shape, features_path, genes, barcodes_path, barcodes):
@@ -223,7 +260,7 @@ def opened_h5(path):
     Any error while it is read becomes one that names the file.
     """
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path) as file:
             yield [file["matrix"]] if "matrix" in file else list(file.values())
     except InputError:
         raise
@@ -322,7 +359,7 @@ def opened_h5ad(path):
     A file of anndata before 0.7 is written again in memory, as anndata would write it today.
     """
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path) as file:
             if isinstance(file.get("obs"), h5py.Dataset):
                 file = h5py.File.in_memory()
                 with warnings.catch_warnings():
@@ -344,21 +381,25 @@ def read_st_table(path):
     Row names are `XxY`. The header holds gene ids, which are used as symbols too.
     """
     try:
-        with open_text(path) as file:
+        genes = st_genes(path)  # not table.columns: pandas renames a repeated column
+        check_unique(path, "gene id", pd.Index(genes))
+        with open_text(path, ST_LINE) as file:
             table = pd.read_csv(file, sep="\t", index_col=0)
         matrix = scipy.sparse.csr_matrix(table.to_numpy(dtype=np.float64))
     except DAMAGED as error:
         raise damaged(path, error) from None
-    genes = st_genes(path)  # not table.columns: pandas renames a repeated column and so hides it
     return build(path, matrix, table.index.astype(str), genes, genes)
 
 
 def st_genes(path):
     """The gene ids in the first line of an ST table."""
-    with open_text(path) as file:
+    with open_text(path, ST_LINE) as file:
         header = st_cells(file.readline())
         row = st_cells(file.readline())
-    return header[len(header) - (len(row) - 1):]  # the corner above the row names is optional
+    n_genes = len(row) - 1
+    if not 0 < n_genes <= len(header):
+        raise ValueError(f"its first line has {len(header)} cells, its second {len(row)}")
+    return header[len(header) - n_genes:]  # the corner above the row names is optional
 
 
 def st_cells(line):
@@ -402,7 +443,7 @@ def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
     if not scipy.sparse.issparse(matrix):
         matrix = scipy.sparse.csr_matrix(matrix)
     matrix.data = as_counts(path, matrix.data)  # before tocsr, which then copies fewer bytes
-    matrix = matrix.tocsr()
+    matrix = as_csr(path, matrix)
     obs = pd.DataFrame(index=pd.Index(barcodes, name="barcode"))
     var, others = gene_table(gene_ids, symbols, kinds)
     kinds_left_out = others[others != ""].value_counts()
@@ -415,12 +456,36 @@ def build(path, matrix, barcodes, gene_ids, symbols, kinds=None):
             found = f"{matrix.shape[0]} spots x {matrix.shape[1]} genes"
         raise InputError(f"{path}: holds {found}. Give the section's gene expression; its feature "
                          "type is Gene Expression")
-    for what, names in (("barcode", obs.index), ("gene id", var.index)):
-        if not names.is_unique:
-            twice = names[names.duplicated()][0]
-            raise InputError(f"{path}: {what} {twice} occurs more than once; each must be unique. "
-                             "Download the matrix again or fix its table")
+    check_unique(path, "barcode", obs.index)
+    check_unique(path, "gene id", var.index)
     return anndata.AnnData(matrix, obs=obs, var=var, uns={"no_genes": left_out})
+
+
+def as_csr(path, matrix):
+    """A sparse matrix of any layout as CSR, with sorted indices.
+
+    Raises InputError for indices outside it, and for two values in one place, of which scipy makes
+    a sum that may overflow.
+    """
+    n_values = matrix.nnz
+    try:
+        if matrix.format in ("csr", "csc"):
+            check_indices(matrix)
+        matrix = matrix.tocsr()
+        matrix.sum_duplicates()
+    except ValueError as error:
+        raise damaged(path, error) from None
+    if matrix.nnz < n_values:
+        raise damaged(path, "it holds two values for one spot and gene")
+    return matrix
+
+
+def check_unique(path, what, names):
+    """Raise InputError if one of the names, a pandas Index, occurs twice."""
+    if not names.is_unique:
+        twice = names[names.duplicated()][0]
+        raise InputError(f"{path}: {what} {twice} occurs more than once; each must be unique. "
+                         "Download the matrix again or fix its table")
 
 
 def as_counts(path, values):
@@ -462,8 +527,8 @@ def read_symbols(path):
     column, and for an id with several symbols.
     """
     try:
-        with open_text(path) as file:
-            table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
+        content = io.StringIO(read_text(path))
+        table = pd.read_csv(content, sep="\t", dtype=str, keep_default_na=False)
     except DAMAGED as error:
         raise damaged(path, error) from None
     if not {"gene_id", "gene_name"} <= set(table.columns):
@@ -612,6 +677,8 @@ def positions(path, kind, barcodes, columns):
     """
     numbers = {name: as_numbers(path, name, column) for name, column in columns.items()}
     table = pd.DataFrame(numbers, index=pd.Index(barcodes.astype(str), name="barcode"))
+    if table.empty:
+        raise InputError(f"{path}: lists no spot. Download it again")
     if not table.index.is_unique:
         twice = table.index[table.index.duplicated()][0]
         raise InputError(f"{path}: barcode {twice} occurs more than once. Download it again")
@@ -620,10 +687,22 @@ def positions(path, kind, barcodes, columns):
         raise InputError(f"{path}: the line of {table.index[~complete][0]} is incomplete. Download "
                          "it again")
     integers = {name: np.int64 for name in ("array_row", "array_col") if name in table}
+    for name in integers:
+        values = table[name].to_numpy()
+        whole = (np.abs(values) < LARGEST_ARRAY) & (values == np.rint(values))
+        check_all(path, name, table[name], whole, "a place in an array")
+    check_all(path, "in_tissue", table["in_tissue"], table["in_tissue"].isin([0, 1]), "0 or 1")
     table = table.assign(in_tissue=table["in_tissue"] == 1).astype(integers)
     check_places(path, table[table["in_tissue"]])
     table.attrs["kind"] = kind
     return table
+
+
+def check_all(path, name, column, right, expected):
+    """Raise InputError that names the first value of a column that is not right."""
+    if not right.all():
+        raise InputError(f"{path}: {name} holds {column[~np.asarray(right)].iloc[0]:g}, expected "
+                         f"{expected}. Download it again")
 
 
 def as_numbers(path, name, column):
