@@ -188,7 +188,7 @@ def main(argv=None):
     # 5. Write the page and draw.
     if args.figures:
         page, run = page_path(job.run.prediction), job.run
-        write_page(page, run.prediction, run.genes, run.scores, command=command_line(argv))
+        write_page(page, run.prediction, run.scores, command=command_line(argv))
         draw(job, result, genes, reference)
         print(f"look at {page} in a browser; scores in {run.scores}; figures in "
               f"{run.figure('MAP').parents[1]}: MAP, CAL, EBD, EXP")

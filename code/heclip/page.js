@@ -184,7 +184,9 @@ function facts(spot) {
   const rows = Object.entries(state.values).map(([name, values]) => [name, values[spot]]);
   for (const name of ["spread", "similarity"])
     if (data.maps.includes(name)) rows.push([name, model("fixed").data[name][spot]]);
-  return rows.map(([name, value]) => `${name} ${text(value)}`);
+  const error = data.genes.numbers.find((column) => column.name === "error");
+  return rows.map(([name, value]) => `${name} ${text(value)}`
+    + (name === "predicted" && error ? ` ± ${text(error.values[state.gene])}` : ""));
 }
 
 function tell() {

@@ -9,6 +9,7 @@ Symbols: n spots, G genes of the panel, g genes on the page, L steps of the stor
 import base64
 import io
 import json
+import re
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +20,17 @@ import numpy as np
 import pandas as pd
 from bokeh import palettes
 from bokeh.embed import components
-from bokeh.models import ColumnDataSource, LinearColorMapper, Range1d, ScaleBar
-from bokeh.plotting import figure
+from bokeh.models import (
+    Circle,
+    ColumnDataSource,
+    ImageURL,
+    LinearColorMapper,
+    PanTool,
+    Plot,
+    Range1d,
+    ScaleBar,
+    WheelZoomTool,
+)
 from bokeh.resources import Resources
 from matplotlib.colors import to_hex
 from PIL import Image
@@ -32,14 +42,15 @@ from .figures import EXPRESSION_COLOURS, SPOT_COLOUR, _faint, _frame, _view
 from .files import InputError, atomic_path, first_line
 from .spots import array_of, pitch
 
-MOST_BYTES = 22_500_000  # of the stored values; with Bokeh and the picture a page is below 25 MB
-STEPS = (256, 192, 128, 96, 64, 48, 32)  # of a gene's stored values, finest first
+MOST_BYTES = 21_500_000  # of the stored values; with Bokeh and the picture a page is below 25 MB
+STEPS = (256, 192, 128, 96, 64, 48, 40, 32)  # of a gene's stored values, finest first
 SAMPLED_GENES = 48  # to find the finest steps that fit
 MAIN_SCORES = ("Pearson", "HEG-50", "HVG-50", "Pearson per spot", "Spearman", "markers", "Hit@5",
                "RMSE, log-normalised")
 COLUMN_NAMES = {"both": "both retrievals", "gene": "gene retrieval", "image": "image retrieval",
                 "untrained gene": "untrained, gene", "untrained image": "untrained, image",
                 "untrained regression": "untrained", "random": "random spots"}
+RANDOM_NAME = re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
 MAPS = {"slide": "Slide and spots", "measured": "Measured", "predicted": "Predicted",
         "difference": "Predicted − measured", "spread": "Spread of the retrieved spots",
         "similarity": "Similarity to the retrieved spots"}
@@ -51,20 +62,20 @@ COLOURS = {"expression": [to_hex(colour) for colour in EXPRESSION_COLOURS.colors
 FOLDER = Path(__file__).parent
 
 
-def write_page(path, prediction, genes=None, scores=None, *, command="", warned=()):
+def write_page(path, prediction, scores=None, *, command="", warned=()):
     """Write the page of a prediction to `path`.
 
-    prediction: path of the h5ad that infer.py wrote, of a section or of a slide. genes, scores:
-    paths of the section's tables; None for a slide. command: the command line that made the
-    prediction. warned: texts of the warnings that it gave.
+    prediction: path of the h5ad that infer.py wrote, of a section or of a slide. scores: path of
+    the section's scores; None for a slide. command: the command line that made the prediction.
+    warned: texts of the warnings that it gave.
     Raises InputError if a file is missing, damaged or not of this prediction.
     """
     result, about = read_prediction(prediction)
-    per_gene = read_genes(genes, result) if genes else gene_table(result, about)
+    per_gene = gene_table(result, about)
     summary = read_scores(scores, about) if scores else None
     view = _view(result)
     kept, steps, lines, ranges = pack(result, prediction)
-    script, divisions = components(draw_maps(view, result))
+    script, divisions = embedded(draw_maps(view, result))
     data = {"steps": steps, "ranges": ranges, "spots": list(result.obs_names),
             "maps": list(divisions), "colours": COLOURS, "diameter": view.diameter,
             "genes": gene_columns(per_gene.iloc[kept])}
@@ -100,33 +111,22 @@ def read_prediction(path):
     return result, about
 
 
-def read_genes(path, result):
-    """The scores per gene of a section, in the order of the panel."""
-    try:
-        table = pd.read_csv(path, index_col="gene_id", dtype={"gene_id": str, "symbol": str},
-                            keep_default_na=False, na_values={"Pearson": "", "RMSE": ""})
-        table = table.loc[list(result.var_names)]
-        reached = table["Pearson"].to_numpy()
-    except Exception as error:
-        raise InputError(f"{path} is missing, damaged or of another prediction "
-                         f"({first_line(error)}). Predict again") from None
-    if not np.allclose(reached, result.var["pearson"], equal_nan=True):
-        raise InputError(f"{path} and the prediction were not made together. Predict again")
-    return gene_table(result, None).assign(reached=reached, rmse=table["RMSE"].to_numpy())
-
-
 def gene_table(result, about):
-    """What is known of each gene without measured values, by gene id: symbol, marker, ...
+    """What is known of each gene, by gene id: symbol, marker, and numbers that may be NaN.
 
-    expected: the correlation on the validation spots of the training, NaN if it is unknown.
-    deviation: the standard deviation of the predicted values over the spots.
+    expected: the correlation on the validation spots of the training, if there were any. Where
+    expression was measured, reached: the correlation, and error: the root mean squared difference
+    of predicted and measured values. Elsewhere, deviation: that of the predicted values.
     """
     table = pd.DataFrame({"symbol": result.var["symbol"].astype(str),
                           "marker": result.var["marker"].astype(bool)})
-    if "expected_pearson" in result.var:
-        table["expected"] = result.var["expected_pearson"]
-    elif about and about["model"].get("validation"):
+    if "true" in result.layers:
+        table["reached"] = result.var["pearson"]
+    if about["model"]["validation"] is not None:
         table["expected"] = np.array(about["model"]["validation"], np.float64)
+    if "true" in result.layers:
+        error = np.sqrt(((result.X - result.layers["true"]) ** 2).mean(axis=0))
+        return table.assign(error=error)
     return table.assign(deviation=result.X.std(axis=0))
 
 
@@ -164,7 +164,7 @@ def pack(result, path):
     order = np.argsort(~result.var["marker"].to_numpy(bool), kind="stable")
     sample = order[np.unique(np.linspace(0, len(order) - 1, SAMPLED_GENES).astype(int))]
     for steps in STEPS:
-        size = sum(len(packed(layers, gene, steps)) for gene in sample) / len(sample)
+        size = 1 + sum(len(packed(layers, gene, steps)) for gene in sample) / len(sample)
         if size * len(order) <= MOST_BYTES:
             break
     kept, lines, left = [], [], MOST_BYTES
@@ -183,7 +183,7 @@ def pack(result, path):
 def packed(layers, gene, steps):
     """One gene's values in all layers as a line of text, see `pack`."""
     rows = [quantised(values[:, gene], steps) for values in layers.values()]
-    return base64.b64encode(zlib.compress(np.concatenate(rows).tobytes(), 9)).decode()
+    return base64.b64encode(zlib.compress(np.concatenate(rows).tobytes())).decode()
 
 
 def quantised(values, steps):
@@ -198,12 +198,10 @@ def gene_columns(table):
     """The gene table for `page.js`: names, and the numbers that the reader can sort by."""
     titles = {"reached": ("reached r", "Pearson correlation of predicted and measured here"),
               "expected": ("expected r", "Pearson correlation on the training's validation spots"),
-              "rmse": ("RMSE", "of z-scores, predicted against measured"),
+              "error": ("error", "root mean squared difference of predicted and measured values"),
               "deviation": ("SD", "standard deviation of the predicted values over the spots")}
     shown = [name for name in titles if name in table]
-    if "reached" in shown:  # in a narrow table, scores say more
-        shown.remove("deviation")
-    numbers = [{"label": titles[name][0], "title": titles[name][1],
+    numbers = [{"name": name, "label": titles[name][0], "title": titles[name][1],
                 "values": [None if np.isnan(value) else round(float(value), 4)
                            for value in table[name]]} for name in shown]
     return {"ids": list(table.index), "symbols": list(table["symbol"]),
@@ -233,20 +231,31 @@ def draw_maps(view, result):
     maps = {}
     for name in ["slide", *names, *certainty]:
         plot = empty_map(ranges, shape)
-        plot.image_url("url", 0, 0, "w", "h", source=pictures[name != "slide"], anchor="top_left")
-        colour = {"fill_color": None, "line_color": SPOT_COLOUR}
+        plot.add_glyph(pictures[name != "slide"],
+                       ImageURL(url="url", x=0, y=0, w="w", h="h", anchor="top_left"))
+        colour = {"fill_color": None, "line_color": SPOT_COLOUR, "line_width": 1.3}
         if name != "slide":
             mapper = LinearColorMapper(palette_of(name), name=f"{name} colours", **limits(
                 certainty.get(name)))
             colour = {"fill_color": {"field": name, "transform": mapper}, "line_color": None}
-        spots = plot.circle("x", "y", radius=radius, source=fixed if name in certainty else gene,
-                            name=f"{name} spots", **colour)
-        plot.circle("x", "y", radius=radius * 1.25, source=here, fill_color=None,
-                    line_color="black", line_width=2.5)
-        spots.selection_glyph = spots.nonselection_glyph = spots.muted_glyph = None
+        add_circles(plot, fixed if name in certainty else gene, radius, name=f"{name} spots",
+                    **colour)
+        add_circles(plot, here, radius * 1.25, fill_color=None, line_color="black", line_width=2.5)
         maps[name] = plot
     maps["slide"].add_layout(scale_bar())
     return maps
+
+
+def embedded(maps):
+    """The maps for the template: (Bokeh's script, name -> HTML).
+
+    Bokeh's random names are numbered, so that the same prediction gives the same page.
+    """
+    script, divisions = components(maps)
+    for count, name in enumerate(dict.fromkeys(RANDOM_NAME.findall(script))):
+        script = script.replace(name, f"bokeh-{count}")
+        divisions = {key: text.replace(name, f"bokeh-{count}") for key, text in divisions.items()}
+    return script, divisions
 
 
 def palette_of(name):
@@ -272,13 +281,18 @@ def least_diameter(view, width):
 
 def empty_map(ranges, shape):
     """A bare Bokeh figure whose frame is all of it, so that places on the page are easy to find."""
-    plot = figure(width=400, height=round(400 / shape), sizing_mode="scale_width", min_border=0,
-                  toolbar_location=None, tools="pan,wheel_zoom", active_scroll=None,
-                  outline_line_color=None, background_fill_color="white", **ranges)
-    plot.axis.visible = plot.grid.visible = False
+    plot = Plot(width=400, height=round(400 / shape), sizing_mode="scale_width", min_border=0,
+                toolbar_location=None, outline_line_color=None, **ranges)
+    plot.add_tools(PanTool(), WheelZoomTool())
     # A finger that moves up or down scrolls the page, and does not move the map.
     plot.stylesheets = [".bk-events { touch-action: pan-y !important; }"]
     return plot
+
+
+def add_circles(plot, source, radius, name=None, **style):
+    """Draw the points of a source as circles. Nothing is selected, so one glyph is enough."""
+    spots = plot.add_glyph(source, Circle(x="x", y="y", radius=radius, **style), name=name)
+    spots.selection_glyph = spots.nonselection_glyph = spots.muted_glyph = None
 
 
 def scale_bar():
@@ -336,7 +350,7 @@ def sentences(name, about, genes, scores):
         seen = "and whether the published model has seen it is not known"
     said = [f"Over {scores['n_genes']:,} genes, predicted and measured expression correlate at a "
             f"mean Pearson r of {number(first)} across {scores['n_spots']:,} spots of {name}, "
-            f"{seen}; the same number of random reference spots gives {number(chance)}."]
+            f"{seen}; random reference spots, averaged alike, give {number(chance)}."]
     if scores["protocol"] == "paper":
         said.append("The protocol is `paper`: the query's own expression helped to choose the "
                     "genes and to correct the values. These are not scores of an unseen section.")
@@ -361,8 +375,8 @@ def untrained_sentences(reached, by_column):
         return ["What training adds is not known; infer.py --untrained shows it."]
     if reached is None:
         return []
-    return [f"The same network before training reaches {number(max(before))} by its better "
-            f"retrieval, so training changes the mean r by {reached - max(before):+.3f}."]
+    return [f"The same network before training reaches {number(max(before))} at best, so training "
+            f"changes the mean r by {reached - max(before):+.3f}."]
 
 
 def expected_sentences(genes):
@@ -374,7 +388,7 @@ def expected_sentences(genes):
             "other tissue, stain or scanner may do worse.")
     if "reached" in genes:
         both = genes[["expected", "reached"]].dropna()
-        if len(both) > 2:
+        if (both.nunique() > 1).all():
             rho = spearmanr(both["expected"], both["reached"]).statistic
             said += f" Here the rank correlation of expected and reached r is {number(rho, 2)}."
     return [said]
