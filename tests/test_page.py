@@ -329,6 +329,22 @@ def test_pointing_at_a_spot_shows_its_values(browser, section_page):
     assert browser.find_element("id", "tip").is_displayed()
 
 
+def test_dragging_one_map_moves_all_by_the_same_way(browser, section_page):
+    from selenium.webdriver import ActionChains
+
+    opened(browser, section_page)
+    before = browser.execute_script("return [model('x').start, model('x').end]")
+    found = browser.find_element("css selector", "[data-map=predicted]")
+    drag = ActionChains(browser, duration=20).move_to_element(found).click_and_hold()
+    drag.move_by_offset(30, 0).move_by_offset(30, 0).release().perform()
+    drawn(browser)
+    after = browser.execute_script("return [model('x').start, model('x').end]")
+    share = (before[0] - after[0]) / (before[1] - before[0])
+    assert share * found.size["width"] == pytest.approx(60, abs=3)
+    assert colour_of(browser, "measured", small(), 0) == pytest.approx(
+        rgb(page.COLOURS["expression"][0]), abs=12)
+
+
 def test_all_works_by_keyboard(browser, section_page):
     from selenium.webdriver import ActionChains, Keys
 

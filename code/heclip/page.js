@@ -259,10 +259,16 @@ function listen() {
   if (byId("scale")) byId("scale").onchange = colour;
   byId("opacity").oninput = byId("size").oninput = restyle;
   for (const map of document.querySelectorAll(".map")) {
+    scrollable(map);
     map.addEventListener("pointermove", point);
     map.addEventListener("click", point);
     map.addEventListener("pointerleave", () => { byId("tip").hidden = true; });
   }
+}
+
+function scrollable(map) { // a finger that moves up or down scrolls the page, not the map
+  const canvas = map.querySelector(".bk-Plot").shadowRoot.querySelector(".bk-Canvas");
+  canvas.shadowRoot.querySelector(".bk-events").style.touchAction = "pan-y";
 }
 
 async function begin() {

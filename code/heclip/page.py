@@ -283,9 +283,10 @@ def empty_map(ranges, shape):
     """A bare Bokeh figure whose frame is all of it, so that places on the page are easy to find."""
     plot = Plot(width=400, height=round(400 / shape), sizing_mode="scale_width", min_border=0,
                 toolbar_location=None, outline_line_color=None, **ranges)
-    plot.add_tools(PanTool(), WheelZoomTool())
-    # A finger that moves up or down scrolls the page, and does not move the map.
-    plot.stylesheets = [".bk-events { touch-action: pan-y !important; }"]
+    # The wheel alone scrolls the page. A trackpad's pinch is a wheel with Ctrl.
+    pan, zoom = PanTool(), WheelZoomTool(modifiers={"ctrl": True})
+    plot.add_tools(pan, zoom)
+    plot.toolbar.active_drag, plot.toolbar.active_scroll = pan, zoom
     return plot
 
 
