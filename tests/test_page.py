@@ -155,7 +155,7 @@ def test_a_page_names_no_resource_outside_itself(tmp_path):
 
 def test_the_same_prediction_gives_the_same_page_but_for_bokehs_counter(tmp_path):
     def text():
-        return re.sub(r"\bp\d{4,}\b", "p", write(tmp_path, small()).read_text())
+        return re.sub(r"\bp\d{4,}\b", "p", write(tmp_path, small(measured=False)).read_text())
 
     assert text() == text()
 
@@ -178,11 +178,16 @@ def test_wrong_files_are_refused_by_name(change, message, tmp_path):
     assert not (tmp_path / "new.html").exists()
 
 
+def test_a_section_without_scores_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"p\.h5ad holds measured expression"):
+        write(tmp_path, small())
+
+
 def test_values_that_are_not_numbers_are_refused(tmp_path):
     adata = small()
     adata.X[3, 1] = np.nan
     with pytest.raises(InputError, match="predicted values that are not numbers"):
-        write(tmp_path, adata)
+        write(tmp_path, adata, scores_of())
 
 
 @pytest.mark.parametrize(("model", "scores", "said", "not_said"), [

@@ -174,10 +174,21 @@ const whole = () => view((_, axis) => start[axis]);
 
 function choose(spot) {
   state.spot = spot;
-  const {x, y} = model("fixed").data;
-  Object.assign(model("here").data, spot < 0 ? {x: [], y: []} : {x: [x[spot]], y: [y[spot]]});
-  model("here").change.emit();
+  ring();
   tell();
+}
+
+// The chosen spot's ring is not Bokeh's, which would draw every spot of every map again for it.
+function ring() {
+  const [x, y] = [model("x"), model("y")], {data: at} = model("fixed"), {spot} = state;
+  const across = x.end - x.start, radius = start.radius * Number(byId("size").value);
+  for (const mark of document.querySelectorAll(".ring")) {
+    mark.hidden = spot < 0;
+    if (mark.hidden) continue;
+    mark.style.left = `${(at.x[spot] - x.start) / across * 100}%`;
+    mark.style.top = `${(at.y[spot] - y.end) / (y.start - y.end) * 100}%`;
+    mark.style.width = `${radius * 2.6 / across * 100}%`;
+  }
 }
 
 function facts(spot) {
@@ -214,6 +225,7 @@ function spotAt(event) { // the spot under the pointer, or -1
 }
 
 function point(event) {
+  if (event.buttons) return; // the map is dragged
   const spot = spotAt(event), tip = byId("tip");
   if (spot !== state.spot && (spot >= 0 || event.type === "click")) choose(spot);
   tip.hidden = spot < 0 || event.pointerType !== "mouse";
@@ -231,6 +243,7 @@ function restyle() {
     spots.glyph.setv({radius: {value: start.radius * Number(byId("size").value)},
       fill_alpha: {value: alpha}, line_alpha: {value: alpha}});
   }
+  ring();
 }
 
 // ------------------------------------------------------------------------------------ begin
@@ -283,6 +296,7 @@ async function begin() {
   for (const axis of ["x", "y"]) start[axis] = [model(axis).start, model(axis).end];
   for (const name of ["spread", "similarity"])
     if (data.maps.includes(name)) bar(name, Float32Array.from(model("fixed").data[name]));
+  for (const axis of ["x", "y"]) model(axis).change.connect(ring);
   heads();
   sortBy(data.genes.numbers.length ? 0 : -1);
   listen();

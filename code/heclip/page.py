@@ -71,6 +71,9 @@ def write_page(path, prediction, scores=None, *, command="", warned=()):
     Raises InputError if a file is missing, damaged or not of this prediction.
     """
     result, about = read_prediction(prediction)
+    if "true" in result.layers and not scores:
+        raise InputError(f"{prediction} holds measured expression, so its page needs its scores. "
+                         "Give the path of its _scores.json too")
     per_gene = gene_table(result, about)
     summary = read_scores(scores, about) if scores else None
     view = _view(result)
@@ -225,7 +228,6 @@ def draw_maps(view, result):
     names = ["measured", "predicted", "difference"] if "true" in result.layers else ["predicted"]
     gene = ColumnDataSource({"x": x, "y": y} | dict.fromkeys(names, zeros), name="gene")
     fixed = ColumnDataSource({"x": x, "y": y} | certainty, name="fixed")
-    here = ColumnDataSource({"x": [], "y": []}, name="here")
     pictures = {faint: picture_source(view, faint) for faint in (False, True)}
     radius = max(view.diameter, least_diameter(view, right - left)) / 2
     maps = {}
@@ -233,14 +235,15 @@ def draw_maps(view, result):
         plot = empty_map(ranges, shape)
         plot.add_glyph(pictures[name != "slide"],
                        ImageURL(url="url", x=0, y=0, w="w", h="h", anchor="top_left"))
-        colour = {"fill_color": None, "line_color": SPOT_COLOUR, "line_width": 1.3}
+        colour = {"fill_color": None, "line_color": SPOT_COLOUR, "line_width": 1.3 if len(x) < 5000 else 0.4}
         if name != "slide":
             mapper = LinearColorMapper(palette_of(name), name=f"{name} colours", **limits(
                 certainty.get(name)))
             colour = {"fill_color": {"field": name, "transform": mapper}, "line_color": None}
-        add_circles(plot, fixed if name in certainty else gene, radius, name=f"{name} spots",
-                    **colour)
-        add_circles(plot, here, radius * 1.25, fill_color=None, line_color="black", line_width=2.5)
+        spots = plot.add_glyph(fixed if name in certainty else gene, Circle(
+            x="x", y="y", radius=radius, **colour), name=f"{name} spots")
+        # Nothing is selected, so one glyph is enough.
+        spots.selection_glyph = spots.nonselection_glyph = spots.muted_glyph = None
         maps[name] = plot
     maps["slide"].add_layout(scale_bar())
     return maps
@@ -288,12 +291,6 @@ def empty_map(ranges, shape):
     plot.add_tools(pan, zoom)
     plot.toolbar.active_drag, plot.toolbar.active_scroll = pan, zoom
     return plot
-
-
-def add_circles(plot, source, radius, name=None, **style):
-    """Draw the points of a source as circles. Nothing is selected, so one glyph is enough."""
-    spots = plot.add_glyph(source, Circle(x="x", y="y", radius=radius, **style), name=name)
-    spots.selection_glyph = spots.nonselection_glyph = spots.muted_glyph = None
 
 
 def scale_bar():
