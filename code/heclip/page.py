@@ -235,7 +235,8 @@ def draw_maps(view, result):
         plot = empty_map(ranges, shape)
         plot.add_glyph(pictures[name != "slide"],
                        ImageURL(url="url", x=0, y=0, w="w", h="h", anchor="top_left"))
-        colour = {"fill_color": None, "line_color": SPOT_COLOUR, "line_width": 1.3 if len(x) < 5000 else 0.4}
+        thin = len(x) >= 5000  # thick circles would hide the tissue
+        colour = {"fill_color": None, "line_color": SPOT_COLOUR, "line_width": 0.4 if thin else 1.3}
         if name != "slide":
             mapper = LinearColorMapper(palette_of(name), name=f"{name} colours", **limits(
                 certainty.get(name)))
