@@ -4,9 +4,9 @@
 
 reads GSE/<dataset>/processed and the model that main.py wrote, or the model of --checkpoint, which
 may be one of HECLIP's authors. It writes the embeddings of every section to ebd/. For each query
-patch it retrieves the nearest reference spots. It writes <type>_prediction.h5ad, <type>_genes.csv
-and <type>_scores.json to save/<dataset>/, and maps, UMAPs and calibration to figure/. With --image
-it predicts a slide that has no expression instead.
+patch it retrieves the nearest reference spots. It writes <type>_prediction.h5ad, <type>_genes.csv,
+<type>_scores.json and the page <type>_prediction.html to save/<dataset>/, and maps, UMAPs and
+calibration to figure/. With --image it predicts a slide that has no expression instead.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def make_parser():
                       help="start from saved embeddings; needs no model and no GPU")
     run.add_argument("--untrained", action="store_true",
                      help="score the model before training too, to show what training adds")
-    run.add_argument("--no-figures", dest="figures", action="store_false", help="scores only")
+    run.add_argument("--no-figures", dest="figures", action="store_false",
+                     help="no figures and no page, scores only")
     run.add_argument("--overwrite", action="store_true",
                      help="replace the prediction of another section, slide or model")
     run.add_argument("--save_path", metavar="DIR", help=command.SAVE_PATH_HELP)
@@ -106,6 +107,7 @@ if __name__ == "__main__":
     command.run(parse)  # a wrong flag is answered here: the imports below take seconds
 
 import json
+import shlex
 import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -121,6 +123,7 @@ from heclip.dataset import Processed, Run
 from heclip.files import atomic_path, write_h5ad
 from heclip.metrics import mean_defined, score, score_further
 from heclip.model import HECLIP, load_encoder_weights
+from heclip.page import write_page
 from heclip.panel import given_panel, run_name
 from heclip.prediction import (
     embed_sections,
@@ -156,7 +159,7 @@ def main(argv=None):
     """Predict, score and draw as the command line says."""
     args = parse(argv)
     if args.image:
-        return predict_slide(args)
+        return predict_slide(args, argv)
 
     # 1. Read the model, check what it may be used on, and embed the reference and the query.
     job = read_saved(args) if args.from_ebd else read_and_embed(args)
@@ -187,9 +190,13 @@ def main(argv=None):
     write_results(job, result, genes, summaries)
     print_scores(job, summaries)
 
-    # 5. Draw.
+    # 5. Write the page and draw.
     if args.figures:
+        page, run = page_path(job.run.prediction), job.run
+        write_page(page, run.prediction, run.scores, command=command_line(argv))
         draw(job, result, genes, reference)
+        print(f"look at {page} in a browser; scores in {run.scores}; figures in "
+              f"{run.figure('MAP').parents[1]}: MAP, CAL, EBD, EXP")
 
 
 # ----------------------------------------------------------------------------------------- 1. read
@@ -483,23 +490,41 @@ def draw(job, result, genes, reference):
         figures.expression_maps(result, shown, run.figure("MAP", suffix="png"))
     figures.calibration_figure(result, run.figure("CAL", suffix="png"),
                                title=f"{title}: {job.query}")
-    print(f"scores in {run.scores}; figures in {run.figure('MAP').parents[1]}: MAP, CAL, EBD, EXP")
+
+
+def page_path(prediction):
+    """Path of a prediction's page, next to the prediction."""
+    return prediction.with_suffix(".html")
+
+
+def command_line(argv):
+    """The command that runs this script with `argv`; None: with the flags that it was given."""
+    return shlex.join(["python", "code/infer.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 # ----------------------------------------------------------------------- a slide without expression
 
 
-def predict_slide(args):
-    """The work of --image: predict a slide, write its prediction, and draw two figures."""
+def predict_slide(args, argv):
+    """The work of --image: predict a slide, write prediction and page, and draw two figures.
+
+    argv: the command line, for the page.
+    """
     trained = read_model(args)
     run = Run(trained.settings.dataset, trained.name, args.save_path)
     name = args.name or Path(args.image).stem
     path = run.slide_prediction(name)
     if Path(args.image).exists():  # else opening it raises the error
         check_replaceable(path, trained, api.slide_identity(args.image), args.overwrite)
+    warned = []
+
+    def show(message, *_):
+        warned.append(str(message))
+        print(f"warning: {message}", file=sys.stderr)
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = show
         result = api.predict_with(
             trained, args.image, args.mpp, pitch=args.pitch, positions=args.positions,
             whole_image=args.whole_image, run=run, name=name,
@@ -520,7 +545,10 @@ def predict_slide(args):
         spots, maps = run.figure("QC", name, "jpg"), run.figure("MAP", name, "png")
         figures.spots_over_slide(result, name, spots)
         figures.predicted_maps(result, genes_to_map(result), maps)
-        print(f"Look at {spots}: spots must lie on all tissue and on nothing else. Maps in {maps}")
+        page = page_path(path)
+        write_page(page, path, command=command_line(argv), warned=warned)
+        print(f"Look at {page} in a browser, and at {spots}: spots must lie on all tissue and on "
+              f"nothing else. Maps in {maps}")
 
 
 def genes_to_map(prediction):
