@@ -31,7 +31,7 @@ def test_the_honest_file_of_a_format_is_read(name):
     assert outcome(name, {}) == fuzz.Outcome("read")
 
 
-@settings(max_examples=70, derandomize=True, deadline=None, database=None,
+@settings(max_examples=50, derandomize=True, deadline=None, database=None,
           suppress_health_check=list(HealthCheck))
 @given(strategies.sampled_from(FAST), strategies.randoms(use_true_random=False))
 def test_a_mutated_file_is_read_or_refused(name, draw):
@@ -41,8 +41,9 @@ def test_a_mutated_file_is_read_or_refused(name, draw):
     assert found.right, found.error
 
 
-BYTES = [(name, case) for name, known in FORMATS.items() for case, content in known.hostile.items()
-         if not callable(content)]
+# Those that are small: the others are functions.
+BYTES = [(name, case) for name in FAST for case, content in FORMATS[name].hostile.items()
+         if not callable(content) and name not in ("mtx.gz", "TIFF, LZW")]
 
 
 @pytest.mark.parametrize(("name", "case"), BYTES)
