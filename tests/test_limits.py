@@ -21,6 +21,16 @@ def npy(shape, kind="<f4"):
     return file.getvalue()
 
 
+def test_a_file_gives_no_more_than_it_has_whatever_is_asked_for(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"0123456789")
+    with limits.WholeFile(tmp_path / "a.png") as file:
+        assert [file.read(n) for n in (4, 2**60, 1)] == [b"0123", b"456789", b""]
+        file.seek(8)
+        assert [file.read(), file.read(-1)] == [b"89", b""]
+        file.seek(2**40)
+        assert file.read(1) == b""
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_text_is_read_from_any_place_zipped_or_not(tmp_path, zipped):
     text = "first é\n" + "x" * 100 + "\nlast\n"

@@ -31,6 +31,18 @@ def check_declared(what, size, stored):
                          "hold")
 
 
+class WholeFile(io.FileIO):
+    """A file that takes no memory for more bytes than it has, whatever number is asked for.
+
+    Decoders ask for as many as a damaged header says, and Python takes memory for them first.
+    """
+
+    def read(self, size=-1):
+        """The next bytes, at most `size` of them."""
+        rest = max(os.fstat(self.fileno()).st_size - self.tell(), 0)
+        return super().read(rest if size is None or size < 0 else min(size, rest))
+
+
 # -------------------------------------------------------------------------------------------- text
 
 

@@ -42,7 +42,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .files import InputError, first_line, temporary_path
-from .limits import check_declared, open_hdf5
+from .limits import WholeFile, check_declared, open_hdf5
 from .missing import add_note, leave_out
 
 BAND = 128  # rows of a band, at least: more would leave the processor's cache
@@ -431,7 +431,7 @@ def picture_level(file):
     with LIMIT:  # slides are larger than any web picture
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            with Image.open(file) as image:
+            with WholeFile(file) as content, Image.open(content) as image:
                 check_size(file, *image.size)
                 orientation = image.getexif().get(ORIENTATION, 1)
                 if image.mode in ("P", "PA") or image.mode.startswith("LA"):
