@@ -12,9 +12,12 @@ import shutil
 import sys
 import tempfile
 from dataclasses import replace
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import torch
 
 import main
@@ -97,36 +100,45 @@ def hashes(folder):
             if path.is_file() and path.suffix != ".lock"}
 
 
-class Copy:
-    """A copy of this process that runs `work(*arguments)`. It starts at once: all is imported.
+@cache
+def server():
+    """A context whose processes are forked from one that has imported everything, and done nothing.
+
+    A fork of this process could wait for ever for a thread that exists only here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["makers"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11 preloads without it
+        forkserver.ensure_running()
+    return context
+
+
+class Fresh:
+    """A new process that runs `work(*arguments)`. It starts at once: all is imported.
 
     After `wait`: returncode, stdout and stderr, as of a finished process of `subprocess`.
     """
 
     def __init__(self, work, *arguments, env=()):
-        self.out, self.err = (tempfile.TemporaryFile("w+") for _ in range(2))
-        self.process = multiprocessing.get_context("fork").Process(
-            target=self.run, args=(work, arguments, dict(env)))
+        self.folder = Path(tempfile.mkdtemp())
+        self.process = server().Process(
+            target=run_with, args=(dict(env), self.folder, work, arguments))
         self.process.start()
-
-    def run(self, work, arguments, env):
-        os.environ.update(env)
-        sys.stdout, sys.stderr = self.out, self.err  # which are pytest's here
-        for number, file in ((1, self.out), (2, self.err)):
-            os.dup2(file.fileno(), number)
-        work(*arguments)
 
     def wait(self):
         self.process.join(300)
         self.returncode = self.process.exitcode
-        self.stdout, self.stderr = (read_all(file) for file in (self.out, self.err))
+        self.stdout, self.stderr = ((self.folder / name).read_text() for name in ("out", "err"))
         return self
 
 
-def read_all(file):
-    with file:
-        file.seek(0)
-        return file.read()
+def run_with(env, folder, work, arguments):
+    """Run work(*arguments) with some environment variables, its output in files of a folder."""
+    os.environ.update(env)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    work(*arguments)
 
 
 def as_script(path, flags, cwd):
@@ -137,5 +149,5 @@ def as_script(path, flags, cwd):
 
 
 def run_script(path, *flags, cwd="."):
-    """Run a script in a copy of this process, as a user would: a `Copy` that has ended."""
-    return Copy(as_script, Path(path).resolve(), flags, cwd).wait()
+    """Run a script in a process of its own, as a user would: a `Fresh` that has ended."""
+    return Fresh(as_script, Path(path).resolve(), flags, cwd).wait()

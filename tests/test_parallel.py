@@ -8,7 +8,7 @@ import socket
 import pandas as pd
 import pytest
 import torch
-from makers import TRAIN, Copy, prepare
+from makers import TRAIN, Fresh, prepare
 
 import main
 from heclip import parallel
@@ -25,10 +25,10 @@ def ranks(work, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    started = [Copy(work, *arguments, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    started = [Fresh(work, *arguments, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                for rank in range(2)]
-    done = [copy.wait() for copy in started]
-    assert [copy.returncode for copy in done] == [0, 0], done[0].stderr + done[1].stderr
+    done = [one.wait() for one in started]
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
     return done
 
 
@@ -65,14 +65,20 @@ def test_two_processes_have_the_loss_and_gradients_of_one():
         assert f"rank {rank} of 2: equal" in done.stdout
 
 
-def test_two_processes_train_as_one(small, tmp_path, monkeypatch):
-    """Without what differs between ranks by design: batch norm (test_vit has none) and dropout."""
+def train_without_dropout(flags):
+    """Dropout differs between ranks by design."""
+    main.configure = functools.partial(configure, dropout=0.0)
+    main.main(flags)
+
+
+def test_two_processes_train_as_one(small, tmp_path):
+    """test_vit has no batch norm, which differs between ranks by design, too."""
     flags = [*small, "--encoder", "test_vit", "--encoder_args", '{"img_size": 64}',
              "--image_size", "64", "--max_epochs", "1"]
-    monkeypatch.setattr(main, "configure", functools.partial(configure, dropout=0.0))
-    main.main([*flags, "--save_path", str(tmp_path / "1")])
-    done = ranks(main.main, [*flags, "--save_path", str(tmp_path / "2")])
-    assert [copy.stdout.count("epoch 1:") for copy in done] == [1, 0]  # one writer
+    alone = Fresh(train_without_dropout, [*flags, "--save_path", str(tmp_path / "1")]).wait()
+    assert alone.returncode == 0, alone.stderr
+    done = ranks(train_without_dropout, [*flags, "--save_path", str(tmp_path / "2")])
+    assert [one.stdout.count("epoch 1:") for one in done] == [1, 0]  # one writer
     one, two = (pd.read_csv(Run("parallel", "heg", tmp_path / n).losses) for n in "12")
     columns = ["train_loss", "validation_loss"]  # retrieval jumps where two spots are equally near
     pd.testing.assert_frame_equal(one[columns], two[columns], rtol=1e-3)
@@ -84,6 +90,11 @@ def test_a_batch_that_cannot_be_shared_is_refused(small, tmp_path, monkeypatch):
         main.main([*small, "--batch_size", "15", "--save_path", str(tmp_path)])
 
 
+def train(flags):
+    main.VALIDATIONS = 2  # each takes as long as several epochs
+    main.main(flags)
+
+
 def killed_in_the_third_epoch(flags):
     save = main.save_progress
 
@@ -93,7 +104,7 @@ def killed_in_the_third_epoch(flags):
             main.random_turns = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
     main.save_progress = save_and_arm
-    main.main(flags)
+    train(flags)
 
 
 def assert_same(one, two):
@@ -106,20 +117,19 @@ def assert_same(one, two):
         assert torch.equal(value, two["model"][name]), name
 
 
-def test_killed_and_resumed_training_ends_in_the_same_model(small, tmp_path, monkeypatch):
+def test_killed_and_resumed_training_ends_in_the_same_model(small, tmp_path):
     """Each command in a process of its own, as users start them: even the last bits agree."""
     flags = [*small, "--max_epochs", "4", "--save_path", str(tmp_path / "run")]
     run = Run("parallel", "heg", tmp_path / "run")
-    monkeypatch.setattr(main, "VALIDATIONS", 2)
-    assert Copy(main.main, flags).wait().returncode == 0
+    assert Fresh(train, flags).wait().returncode == 0
     losses = run.losses.read_text()
     undisturbed = {path: torch.load(path, weights_only=True)
                    for path in (run.checkpoint, run.last)}
     for path in (*undisturbed, run.losses):
         path.unlink()
-    assert Copy(killed_in_the_third_epoch, flags).wait().returncode == -signal.SIGKILL
+    assert Fresh(killed_in_the_third_epoch, flags).wait().returncode == -signal.SIGKILL
     assert len(pd.read_csv(run.losses)) == 2
-    resumed = Copy(main.main, [*flags, "--resume"]).wait()
+    resumed = Fresh(train, [*flags, "--resume"]).wait()
     assert "resuming after epoch 2" in resumed.stdout, resumed.stderr
     assert run.losses.read_text() == losses
     for path, content in undisturbed.items():

@@ -2,14 +2,15 @@
 
 import dataclasses
 import gzip
+import importlib
+import itertools
 import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import anndata
@@ -17,12 +18,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+from makers import Fresh
 from PIL import Image
 from test_slide import an_image, obvious_patches
 from test_sources import write_h5, write_mtx, write_positions
 
 import preprocess_spatialLIBD_1
-from heclip import command, expression, figures, preprocess as preprocess_module, slide, sources
+from heclip import (
+    command,
+    dataset as dataset_module,
+    expression,
+    figures,
+    preprocess as preprocess_module,
+    slide,
+    sources,
+)
 from heclip.dataset import Dataset, Processed, Section
 from heclip.files import InputError, sha256
 from heclip.panel import Panel
@@ -760,20 +770,12 @@ def test_the_matrix_of_a_smaller_section_under_anothers_name_is_refused(copy):
 # ------------------------------------------------------------------------- the machine fails
 
 
-def script(root, raw, before, flags=()):
-    """Run preprocess as a script in a process of its own, with `before` run first in it."""
-    argv = ["--raw", str(raw), *flags]
-    code = "\n".join([
-        "from heclip.command import run", "from heclip.script import preprocess",
-        "from test_preprocess import dataset", before,
-        f"run(lambda: preprocess(dataset(), {argv}))"])
-    tests = Path(__file__).parent
-    paths = os.pathsep.join(str(path)
-                            for path in (tests.parent / "code", tests.parent / "GSE", tests))
-    environment = os.environ | {"PYTHONPATH": paths, "HECLIP_ROOT": str(root),
-                                "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
-                          text=True, timeout=120, check=False)
+def as_script(root, raw, flags, kill):
+    """Preprocess as a script does, below `root`, after `kill` was called."""
+    for module in (dataset_module, preprocess_module):
+        module.ROOT = root
+    kill()
+    command.run(lambda: run(raw, *flags))
 
 
 def ends_with(main, largest_file=None):
@@ -805,25 +807,25 @@ def test_a_full_disk_ends_in_one_line_and_damages_nothing(copy, full_at):
     assert snapshot(root) == before
 
 
-def kill_when_called(function, name, call=1):
-    """Code that sends the process a signal at the n-th call of a function, and then goes on."""
-    module, attribute = function.rsplit(".", 1)
-    return f"""
-import os, signal, {module} as module
-original, calls = module.{attribute}, []
-def killed(*args):
-    calls.append(args)
-    if len(calls) == {call}:
-        os.kill(os.getpid(), signal.{name})
-    return original(*args)
-module.{attribute} = killed
-"""
+def kill_when_called(function, number, call=1):
+    """Have this process get a signal at the n-th call of a function, which then goes on."""
+    module, name = function.rsplit(".", 1)
+    module, calls = importlib.import_module(module), itertools.count(1)
+    original = getattr(module, name)
+
+    def killed(*arguments):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    setattr(module, name, killed)
 
 
 def test_a_terminated_run_finishes_the_sections_it_has_begun(copy):
     root, raw = copy
     shutil.rmtree(root)
-    done = script(root, raw, kill_when_called("heclip.slide.repeat_edge", "SIGTERM"))
+    kill = partial(kill_when_called, "heclip.slide.repeat_edge", signal.SIGTERM)
+    done = Fresh(as_script, root, raw, [], kill).wait()
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr == ""
     begun = {line.split(":")[0] for line in done.stdout.splitlines()}
@@ -838,7 +840,8 @@ def test_after_a_run_was_killed_outright_the_next_one_completes_all(
         copy, made, function, call, may_exist):
     root, raw = copy
     shutil.rmtree(root)
-    done = script(root, raw, kill_when_called(function, "SIGKILL", call), ["--section", "A1"])
+    kill = partial(kill_when_called, function, signal.SIGKILL, call)
+    done = Fresh(as_script, root, raw, ["--section", "A1"], kill).wait()
     assert done.returncode == -signal.SIGKILL
     left = written(root)
     assert any(name.endswith(".part") for name in left)
