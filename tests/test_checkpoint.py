@@ -234,6 +234,7 @@ def processed(dataset="demo", **changes):
     ("config", {"n_genes": 10**9}, "its config does not fit its weights"),
     ("config", {"embedding_dim": 10**6}, "its config does not fit its weights"),
     ("config", {"n_genes": "4"}, ""), ("config", {"encoder": "vit_giant_patch14_dinov2"}, "fit"),
+    ("digest", "[" * 50_000, "a text of 50,000 characters"),  # torch took a minute to refuse it
     ("panel", {}, ""), ("patch_px", "32", "its patch_px is '32'"),
     ("reference", ["A"], "its reference is"), ("digest", None, "its digest is None")])
 def test_a_checkpoint_with_another_entry_is_refused(saved, entry, value, says):

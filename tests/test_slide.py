@@ -916,6 +916,7 @@ def with_tags(path, **values):
      "1000000 pixels would take"),
     (dict(tile=(48, 64), compression="jpeg"), dict(ImageWidth=30_000, ImageLength=30_000),
      "30000 pixels would take"),
+    (dict(tile=(48, 64), compression="deflate"), dict(TileLength=0), r"its tiles have the size"),
     (dict(tile=(48, 64), compression="deflate"), dict(TileWidth=2**30), "its tiles of"),
     (dict(rowsperstrip=7), dict(ImageWidth=0), "")])
 def test_a_tiff_that_declares_more_than_it_holds_is_refused(tmp_path, layout, tags, says):

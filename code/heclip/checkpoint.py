@@ -15,7 +15,7 @@ import torch
 
 from .features import digest
 from .files import InputError, atomic_path, first_line
-from .limits import check_zip
+from .limits import check_words, check_zip
 from .model import HECLIP, ModelConfig, load_encoder_weights
 from .panel import Panel, run_name
 from .settings import TRAINING, Training
@@ -240,6 +240,7 @@ def read(path):
     Raises ValueError if the file is damaged or has another format.
     """
     check_zip(path)
+    check_words(path)
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not is_published(saved) and saved["format"] != FORMAT:
         raise ValueError(f"format {saved['format']}, expected {FORMAT}")
@@ -379,6 +380,7 @@ def only_facts(saved):
 def saved_digest(path):
     """The digest of the model in a checkpoint, without reading its weights; None without one."""
     try:
+        check_words(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["digest"]
     except Exception:  # absent, damaged or a published one
         return None

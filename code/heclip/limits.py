@@ -7,6 +7,7 @@ an InputError that names the file.
 
 import io
 import os
+import pickletools
 import sys
 import tokenize
 import zipfile
@@ -21,6 +22,7 @@ RATIO = 1100  # the most that deflate packs into one byte is 1032
 TEXT_LEAST, TEXT_RATIO = 32 << 20, 50  # the same for tables; count matrices reach 10
 LINE = 1 << 16  # characters of a table's first line
 DEEP = 30  # groups in groups of an HDF5 file
+WORD = 4096  # characters of a text in a torch file
 TEXT = 8 << 20  # characters of a text that is read whole
 
 
@@ -168,6 +170,19 @@ def check_zip(path):
             raise ValueError("its members are compressed")
         if wrong := file.testzip():
             raise ValueError(f"the checksum of {wrong} is wrong")
+
+
+def check_words(path):
+    """Raise ValueError if a text in a torch file is longer than any that the file should hold.
+
+    torch searches its own message about a damaged file in a time that grows with the square of the
+    longest word.
+    """
+    with zipfile.ZipFile(path) as file:
+        pickled, = (name for name in file.namelist() if name.endswith("/data.pkl"))
+        for _, value, _ in pickletools.genops(file.read(pickled)):
+            if isinstance(value, str) and len(value) > WORD:
+                raise ValueError(f"it holds a text of {len(value):,} characters")
 
 
 def read_arrays(path):

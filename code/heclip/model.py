@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .files import InputError, first_line
-from .limits import check_zip
+from .limits import check_words, check_zip
 
 LITE0 = "tf_efficientnet_lite0"  # small, and its ImageNet weights are a Python package
 
@@ -296,6 +296,7 @@ def read_weights(file):
             return load_file(file)
         if zipfile.is_zipfile(file):  # older files are pickles
             check_zip(file)
+            check_words(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model"):
             weights = weights.get(key, weights)

@@ -338,6 +338,8 @@ def tiff_levels(file):
         for level in series.levels:
             page = level.keyframe
             check_size(file, page.imagewidth, page.imagelength)
+            if min(page.chunks) < 1:
+                raise ValueError(f"its tiles have the size {page.chunks}")
             check_declared(f"its tiles of {page.chunks}", math.prod(page.chunks),
                            file.stat().st_size)
         if any(page is None for page in series.pages):
