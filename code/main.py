@@ -390,8 +390,9 @@ def validate(fit):
     per_gene = mean_over_sections(np.stack(scores))
     trained.validation, score = per_gene.tolist(), mean_defined(per_gene)
     if math.isnan(score):
-        raise InputError(f"no gene varies over the {len(image)} validation spots, so no epoch can "
-                         "be chosen as the best. Raise --val_fraction")
+        raise InputError(f"no gene varies, as measured or as predicted from the {how.k} nearest "
+                         f"spots, over the {len(image)} validation spots, so no epoch can be "
+                         "chosen as the best. Raise --val_fraction, or train on more spots")
     return loss / len(image), score
 
 
